@@ -1,0 +1,3 @@
+"""Make, train, convert and ship Mixture-of-Experts language models."""
+
+__version__ = "0.1.0"

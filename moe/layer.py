@@ -1,0 +1,314 @@
+"""The MoE layer: route -> (exchange) -> experts -> combine, plus shared experts; needs only torch.
+
+The layer at expert-parallel degree 1 and n is the same code but for ``exchange``, which `moe.parallel` sets.
+
+Legend: T tokens, D model, F expert FFN, E experts, S slots.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from moe.errors import nearest
+from moe.experts import ExpertBank, SharedExperts
+from moe.observe import LayerStats, RoutingContext, attach_loss
+from moe.routers import losses, parse_router
+from moe.routers.balance import BalanceConfig, update_bias
+from moe.routers.capacity import apply_capacity
+from moe.types import AuxLoss, Routing, SoftRouting
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoESpec:
+    """Everything that turns a dense FFN into an MoE layer, and says which layers of a model become one.
+
+    Attributes:
+        num_experts: E, routed experts per layer.
+        expert_hidden: F; by default the dense FFN's width divided by ``granularity``.
+        granularity: G, how many times narrower an expert is than the dense FFN (arXiv 2402.07871); top_k = G then keeps
+            the active FLOPs of the dense model.
+        activation: "swiglu" or "gelu".
+        num_shared_experts: experts of width F that every token passes, fused into one FFN.
+        shared_gate: scale the shared experts' output by a learned sigmoid gate per token (Qwen2-MoE).
+        first_dense_layers: leave this many layers at the bottom dense (DeepSeek-V3: 3).
+        every: of the layers above, make every n-th one an MoE (Switch: 2).
+        capacity_factor: room of each expert in training relative to a balanced load; ``None`` drops nothing.
+        eval_capacity_factor: the same in evaluation.
+        drop_priority: who stays when there is no room, "choice" or "weight" (see `apply_capacity`).
+        router: ``{"name": ..., option: value}``; see `moe.routers`.
+        balance: balance losses and bias update.
+    """
+
+    num_experts: int = 8
+    expert_hidden: int | None = None
+    granularity: int = 1
+    activation: Literal["swiglu", "gelu"] = "swiglu"
+    num_shared_experts: int = 0
+    shared_gate: bool = False
+    first_dense_layers: int = 0
+    every: int = 1
+    capacity_factor: float | None = None
+    eval_capacity_factor: float | None = None
+    drop_priority: Literal["choice", "weight"] = "choice"
+    router: dict[str, Any] = field(default_factory=lambda: {"name": "topk"})
+    balance: BalanceConfig = field(default_factory=BalanceConfig)
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("num_experts", 1),
+            ("granularity", 1),
+            ("every", 1),
+            ("num_shared_experts", 0),
+            ("first_dense_layers", 0),
+        ):
+            if getattr(self, name) < least:
+                raise ValueError(f"moe.{name}={getattr(self, name)} must be at least {least}")
+        for name in ("capacity_factor", "eval_capacity_factor"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"moe.{name}={value} must be positive, or null to drop nothing")
+        if self.activation not in ("swiglu", "gelu"):
+            raise ValueError(f"moe.activation={self.activation!r} is unknown; use 'swiglu' or 'gelu'")
+        if self.drop_priority not in ("choice", "weight"):
+            raise ValueError(f"moe.drop_priority={self.drop_priority!r} is unknown; use 'choice' or 'weight'")
+        if self.shared_gate and not self.num_shared_experts:
+            raise ValueError("moe.shared_gate=true needs moe.num_shared_experts of at least 1")
+        router_class, router_config = parse_router(self.router)
+        with torch.device("meta"):  # checks what depends on the number of experts, such as top_k
+            router = router_class(1, self.num_experts, router_config)
+        if self.balance.bias_update_rate and not hasattr(router, "bias_E"):
+            raise ValueError(
+                f"moe.balance.bias_update_rate={self.balance.bias_update_rate} needs a router with a selection bias; "
+                "set moe.router.selection_bias=true, use router noaux_tc, or set the rate to 0"
+            )
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "MoESpec":
+        """From plain data, as in YAML or a model's config.json; unknown keys are errors that name the nearest one."""
+        values = dict(values)
+        _check_keys("moe", values, cls)
+        balance = values.get("balance", {})
+        if isinstance(balance, dict):
+            _check_keys("moe.balance", balance, BalanceConfig)
+            values["balance"] = BalanceConfig(**balance)
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data that `from_dict` reads back."""
+        return dataclasses.asdict(self)
+
+    def hidden(self, dense_hidden: int) -> int:
+        """F of an expert in a model whose dense FFN has width ``dense_hidden``."""
+        if self.expert_hidden is not None:
+            return self.expert_hidden
+        if dense_hidden % self.granularity:
+            raise ValueError(
+                f"moe.granularity={self.granularity} does not divide the dense FFN width {dense_hidden}; "
+                "choose a divisor or set moe.expert_hidden"
+            )
+        return dense_hidden // self.granularity
+
+    def is_moe_layer(self, layer: int) -> bool:
+        """Whether decoder layer ``layer`` (from 0) gets experts."""
+        above = layer - self.first_dense_layers
+        return above >= 0 and (above + 1) % self.every == 0
+
+
+def _check_keys(path: str, values: dict[str, Any], owner: type) -> None:
+    known = {f.name for f in dataclasses.fields(owner)}
+    for key in values:
+        if key not in known:
+            raise ValueError(f"{path}.{key} is not an option; {nearest(str(key), known)}")
+
+
+class Exchange(Protocol):
+    """Runs the experts of a layer whose experts are spread over ranks; `moe.parallel.expert_parallel` implements it."""
+
+    def __call__(self, x_TD: Tensor, routing: Routing, experts: ExpertBank) -> Tensor:
+        """Weighted sum of each token's experts wherever they live: (T, D) -> (T, D)."""
+
+
+class MoELayer(nn.Module):
+    """A Mixture-of-Experts FFN.
+
+    Args:
+        dim: D.
+        spec: what to build.
+        dense_hidden: width of the dense FFN that it stands for; needed unless ``spec.expert_hidden`` is set.
+        context: shared by all layers of a model; a layer used alone makes its own.
+
+    Attributes:
+        exchange: ``None`` where all experts are local.
+        reduce_counts: sums an (E,) tensor over the data-parallel ranks; ``None`` on one rank.
+        stats: statistics since the last optimizer step.
+    """
+
+    def __init__(
+        self, dim: int, spec: MoESpec, dense_hidden: int | None = None, context: RoutingContext | None = None
+    ) -> None:
+        super().__init__()
+        if dense_hidden is None and spec.expert_hidden is None:
+            raise ValueError("moe.expert_hidden is not set and no dense_hidden was given; set one of them")
+        hidden = spec.expert_hidden if dense_hidden is None else spec.hidden(dense_hidden)
+        assert hidden is not None
+        self.dim, self.spec, self.num_experts = dim, spec, spec.num_experts
+        self.context = context or RoutingContext()
+        router_class, router_config = parse_router(spec.router)
+        self.router = router_class(dim, spec.num_experts, router_config)
+        self.experts = ExpertBank(spec.num_experts, dim, hidden, spec.activation)
+        self.shared_experts = (
+            SharedExperts(dim, spec.num_shared_experts * hidden, spec.activation, spec.shared_gate)
+            if spec.num_shared_experts
+            else None
+        )
+        self.exchange: Exchange | None = None
+        self.reduce_counts: Callable[[Tensor], Tensor] | None = None
+        self.stats = LayerStats()
+        self._global_counts_E: Tensor | None = None
+        self._router_version: int | None = None
+        self.reset_parameters(0.02)
+
+    def reset_parameters(self, std: float) -> None:
+        """Initialise all weights from the global RNG with deviation ``std`` (routers may have their own rule)."""
+        self.router.reset_parameters(std)
+        self.experts.reset_parameters(std)
+        if self.shared_experts is not None:
+            self.shared_experts.reset_parameters(std)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., D). The second-last dimension is the sequence where the balance loss is per sequence."""
+        num_sequences = x.shape[:-2].numel() if x.dim() > 2 else 1
+        x_TD = x.reshape(-1, self.dim)
+        routing = self.router(x_TD)
+        num_dropped: Tensor | int = 0
+        if isinstance(routing, SoftRouting):
+            y_TD = self._forward_soft(x_TD, routing)
+        else:
+            kept = self._apply_capacity(routing)
+            y_TD, num_dropped = self._run_experts(x_TD, kept), kept.num_dropped
+        if self.shared_experts is not None:
+            y_TD = y_TD + self.shared_experts(x_TD)
+        if self.training and torch.is_grad_enabled():
+            y_TD = self._attach_losses(y_TD, routing, num_sequences, num_dropped)
+        return y_TD.view(x.shape)
+
+    def _run_experts(self, x_TD: Tensor, routing: Routing) -> Tensor:
+        if self.exchange is not None:
+            return self.exchange(x_TD, routing, self.experts)
+        return self.experts(x_TD, routing)
+
+    def _forward_soft(self, x_TD: Tensor, routing: SoftRouting) -> Tensor:
+        """Slots are tokens with one expert each and weight 1, so they take the same road as sparse routings."""
+        num_slots, num_experts = routing.dispatch_TS.shape[1], self.num_experts
+        slots_SD = routing.dispatch_TS.to(x_TD.dtype).T @ x_TD
+        expert_ids_S = torch.arange(num_slots, device=x_TD.device) // (num_slots // num_experts)
+        slot_routing = Routing(
+            num_tokens=num_slots,
+            num_experts=num_experts,
+            token_ids_N=torch.arange(num_slots, device=x_TD.device),
+            expert_ids_N=expert_ids_S,
+            weights_N=torch.ones(num_slots, device=x_TD.device),
+            counts_E=torch.bincount(expert_ids_S, minlength=num_experts),
+            top_k=1,
+        )
+        return routing.combine_TS.to(x_TD.dtype) @ self._run_experts(slots_SD, slot_routing)
+
+    def _apply_capacity(self, routing: Routing) -> Routing:
+        factor = self.spec.capacity_factor if self.training else self.spec.eval_capacity_factor
+        return routing if factor is None else apply_capacity(routing, factor, self.spec.drop_priority)
+
+    def _attach_losses(
+        self, y_TD: Tensor, routing: Routing | SoftRouting, num_sequences: int, num_dropped: Tensor | int
+    ) -> Tensor:
+        keep_T = self.context.token_mask_T
+        self._notice_optimizer_step()
+        counts_E = self._counts(routing, keep_T)
+        aux_losses = dict(routing.aux_losses)
+        aux_losses.update(self._balance_losses(routing, counts_E, num_sequences, keep_T))
+        total = torch.zeros((), device=y_TD.device)
+        for loss in aux_losses.values():
+            total = total + loss.coef * loss.value
+        scalars = {f"loss/{name}": loss.value.detach() for name, loss in aux_losses.items()}
+        scalars |= self._observations(routing, keep_T)
+        scalars["aux_loss"] = total.detach()
+        scalars["dropped"] = torch.as_tensor(num_dropped, dtype=torch.float32, device=y_TD.device)
+        scalars["assigned"] = counts_E.sum().float()
+        global_counts_E = self._reduced(counts_E) if self.spec.balance.aux_scope == "global_batch" else None
+
+        def commit() -> None:
+            self.stats.add(counts_E, scalars)
+            if global_counts_E is not None:
+                seen_E = self._global_counts_E
+                self._global_counts_E = global_counts_E if seen_E is None else seen_E + global_counts_E
+
+        return attach_loss(y_TD, total, self.context, commit)
+
+    def _balance_losses(
+        self, routing: Routing | SoftRouting, counts_E: Tensor, num_sequences: int, keep_T: Tensor | None
+    ) -> dict[str, AuxLoss]:
+        balance, found = self.spec.balance, {}
+        if isinstance(routing, Routing) and balance.aux_coef and routing.probs_TE is not None:
+            if balance.aux_scope == "sequence":
+                value = losses.sequence_loss(
+                    routing.probs_TE, routing.expert_ids_N, routing.token_ids_N, num_sequences, keep_T
+                )
+            else:
+                if balance.aux_scope == "global_batch":
+                    counts_E = self._reduced(counts_E)
+                    if self._global_counts_E is not None:
+                        counts_E = counts_E + self._global_counts_E
+                value = losses.switch_loss(routing.probs_TE, counts_E, keep_T)
+            found["switch"] = AuxLoss(value=value, coef=balance.aux_coef)
+        if balance.z_coef and routing.logits_TE is not None:
+            found["z"] = AuxLoss(value=losses.z_loss(routing.logits_TE, keep_T), coef=balance.z_coef)
+        return found
+
+    def _counts(self, routing: Routing | SoftRouting, keep_T: Tensor | None) -> Tensor:
+        if isinstance(routing, SoftRouting):  # every expert has the same number of slots
+            return torch.full((self.num_experts,), routing.dispatch_TS.shape[1] // self.num_experts)
+        if keep_T is None:
+            return routing.counts_E
+        return losses.count_assignments(routing.expert_ids_N, self.num_experts, routing.token_ids_N, keep_T)
+
+    def _reduced(self, counts_E: Tensor) -> Tensor:
+        return counts_E if self.reduce_counts is None else self.reduce_counts(counts_E)
+
+    @torch.no_grad()
+    def _observations(self, routing: Routing | SoftRouting, keep_T: Tensor | None) -> dict[str, Tensor]:
+        found = {}
+        if routing.probs_TE is not None:
+            found["entropy"] = losses.entropy(routing.probs_TE, keep_T)
+        if routing.logits_TE is not None:
+            found["logit_norm"] = losses.masked_mean(routing.logits_TE.norm(dim=-1), keep_T)
+        return found
+
+    def _notice_optimizer_step(self) -> None:
+        """Finish the step by itself where no training loop calls `finish_step`, as under HF `Trainer`.
+
+        An optimizer changes the router's weights in place, which their version counters show.
+        """
+        version = sum(parameter._version for parameter in self.router.parameters())
+        if self._router_version is not None and version != self._router_version and self.stats.num_micro_batches:
+            self.finish_step()
+        self._router_version = version
+
+    @torch.no_grad()
+    def finish_step(self) -> LayerStats:
+        """Close an optimizer step: move the selection bias, start new statistics, return the finished ones.
+
+        Collective over the data-parallel ranks when ``reduce_counts`` is set and the bias moves.
+        """
+        stats, self.stats, self._global_counts_E = self.stats, LayerStats(), None
+        rate = self.spec.balance.bias_update_rate
+        if rate and stats.counts_E is not None:
+            update_bias(self.router.get_buffer("bias_E"), self._reduced(stats.counts_E), rate)
+        return stats
+
+
+def moe_layers(model: nn.Module) -> dict[str, MoELayer]:
+    """The MoE layers of a model by module name, in order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, MoELayer)}

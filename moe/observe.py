@@ -1,0 +1,92 @@
+"""What an MoE layer shares with the training loop around it: the loss scale, the padding mask, and its statistics.
+
+Auxiliary losses are attached to the activations by an autograd function: it leaves the forward value alone and adds the
+losses' gradients in backward. Nobody has to collect them, so they survive activation checkpointing, HF `Trainer`,
+`accelerate` and DeepSpeed alike. Backward also is the one event that happens exactly once per micro-batch in all of these
+(a checkpointed forward runs twice), so statistics are committed there.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class RoutingContext:
+    """Shared by all MoE layers of a model.
+
+    Attributes:
+        loss_scale: d(what backward is called on) / d(the model's loss). `record_loss_scale` sets it at the start of each
+            backward, so that loss scaling and gradient accumulation apply to auxiliary losses as to the loss itself.
+        token_mask_T: (T,) bool, False at padding, or ``None``; padding counts in no loss and no statistic.
+    """
+
+    def __init__(self) -> None:
+        self.loss_scale: Tensor | float = 1.0
+        self.token_mask_T: Tensor | None = None
+
+
+class _RecordLossScale(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, context: RoutingContext, share: Tensor | float) -> Tensor:
+        ctx.context, ctx.share = context, share
+        return loss.view_as(loss)
+
+    @staticmethod
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.context.loss_scale = dloss.detach() * ctx.share
+        return dloss, None, None
+
+
+def record_loss_scale(loss: Tensor, context: RoutingContext, share: Tensor | float = 1.0) -> Tensor:
+    """Identity on ``loss``; in backward, notes its gradient times ``share`` for the auxiliary losses.
+
+    ``share`` is this micro-batch's part of the whole step where the loss is a sum over tokens divided by the step's
+    token count (transformers' ``num_items_in_batch``); 1 where the loss is the micro-batch's mean.
+    """
+    return _RecordLossScale.apply(loss, context, share)
+
+
+class _AttachLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, y_TD: Tensor, loss: Tensor, context: RoutingContext, on_backward: Callable[[], None]
+    ) -> Tensor:
+        ctx.context, ctx.on_backward = context, on_backward
+        return y_TD.view_as(y_TD)
+
+    @staticmethod
+    def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.on_backward()
+        scale = torch.as_tensor(ctx.context.loss_scale, device=dy_TD.device, dtype=torch.float32)
+        return dy_TD, scale, None, None
+
+
+def attach_loss(y_TD: Tensor, loss: Tensor, context: RoutingContext, on_backward: Callable[[], None]) -> Tensor:
+    """Identity on ``y_TD``; in backward, starts the gradient of ``loss`` and calls ``on_backward`` once."""
+    return _AttachLoss.apply(y_TD, loss, context, on_backward)
+
+
+@dataclass
+class LayerStats:
+    """Routing statistics of one layer, summed over the micro-batches since the last optimizer step (this rank's tokens).
+
+    Attributes:
+        counts_E: (E,) int64 assignments per expert before drops; ``None`` before the first micro-batch.
+        sums: detached sums over micro-batches of the scalars by name: "entropy", "logit_norm", "dropped", "assigned", and
+            each loss as "loss/NAME" (its unscaled value) and "aux_loss" (their weighted total).
+        num_micro_batches: how many were summed.
+    """
+
+    counts_E: Tensor | None = None
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    num_micro_batches: int = 0
+
+    def add(self, counts_E: Tensor, scalars: dict[str, Tensor]) -> None:
+        """Add one micro-batch."""
+        self.counts_E = counts_E if self.counts_E is None else self.counts_E + counts_E
+        for name, value in scalars.items():
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+        self.num_micro_batches += 1

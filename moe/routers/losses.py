@@ -1,0 +1,78 @@
+"""Balance losses and routing statistics as pure functions: no state, no communication.
+
+What other ranks know (global counts) comes in as an argument. Every balance loss here is 1 at perfect balance and E when
+one expert gets everything, for any K: papers and libraries differ by a factor K, so coefficients do not carry over blindly.
+
+Legend: T tokens, E experts, B sequences, N assignments.
+"""
+
+import torch
+from torch import Tensor
+
+
+def count_assignments(expert_ids_N: Tensor, num_experts: int, token_ids_N: Tensor, keep_T: Tensor | None) -> Tensor:
+    """(E,) int64 assignments per expert, of the tokens where ``keep_T`` (bool) is set if it is given."""
+    if keep_T is None:
+        return torch.bincount(expert_ids_N, minlength=num_experts)
+    kept_N = keep_T[token_ids_N].to(torch.float64)
+    return torch.bincount(expert_ids_N, weights=kept_N, minlength=num_experts).to(torch.int64)
+
+
+def masked_mean(values_T: Tensor, keep_T: Tensor | None) -> Tensor:
+    """Mean over the first dimension, of the rows where ``keep_T`` is set; 0 when there are none."""
+    if keep_T is None:
+        return values_T.sum(0) / max(values_T.shape[0], 1)
+    weights_T = keep_T.to(values_T.dtype).view(-1, *[1] * (values_T.dim() - 1))
+    return (values_T * weights_T).sum(0) / weights_T.sum().clamp_min(1)
+
+
+def switch_loss(probs_TE: Tensor, counts_E: Tensor, keep_T: Tensor | None = None) -> Tensor:
+    """Switch balance loss E * sum_i f_i P_i (arXiv 2101.03961 eq. 4), with f_i = counts_i / sum(counts).
+
+    ``counts_E`` may cover more tokens than ``probs_TE`` does (other ranks, earlier micro-batches): the loss is linear in
+    P, so the mean of the ranks' losses with global counts is the loss of the global batch (arXiv 2501.11873).
+    No gradient passes through the counts.
+    """
+    fraction_E = counts_E.to(probs_TE.dtype) / counts_E.sum().clamp_min(1)
+    return probs_TE.shape[1] * (fraction_E * masked_mean(probs_TE, keep_T)).sum()
+
+
+def sequence_loss(
+    probs_TE: Tensor, expert_ids_N: Tensor, token_ids_N: Tensor, num_sequences: int, keep_T: Tensor | None = None
+) -> Tensor:
+    """Mean over sequences of the Switch loss of each one (arXiv 2412.19437 eq. 17-20); T = num_sequences * L."""
+    num_tokens, num_experts = probs_TE.shape
+    length = num_tokens // num_sequences
+    kept_T = (
+        torch.ones(num_tokens, device=probs_TE.device, dtype=probs_TE.dtype)
+        if keep_T is None
+        else keep_T.to(probs_TE.dtype)
+    )
+    cells_N = (token_ids_N // length) * num_experts + expert_ids_N
+    counts_BE = torch.zeros(num_sequences * num_experts, device=probs_TE.device, dtype=probs_TE.dtype)
+    counts_BE = counts_BE.index_add(0, cells_N, kept_T[token_ids_N]).view(num_sequences, num_experts)
+    fraction_BE = counts_BE / counts_BE.sum(-1, keepdim=True).clamp_min(1)
+    sums_BE = (probs_TE * kept_T[:, None]).view(num_sequences, length, num_experts).sum(1)
+    mean_BE = sums_BE / kept_T.view(num_sequences, length).sum(1, keepdim=True).clamp_min(1)
+    return num_experts * (fraction_BE * mean_BE).sum(-1).mean()
+
+
+def z_loss(logits_TE: Tensor, keep_T: Tensor | None = None) -> Tensor:
+    """Router z-loss, the mean of logsumexp(logits)^2 (ST-MoE, arXiv 2202.08906 eq. 5)."""
+    return masked_mean(logits_TE.logsumexp(-1).square(), keep_T)
+
+
+def squared_variation(values_E: Tensor) -> Tensor:
+    """CV^2: population variance over squared mean (arXiv 1701.06538 eq. 7 and 11)."""
+    return values_E.var(correction=0) / values_E.mean().square().clamp_min(1e-10)
+
+
+def entropy(probs_TE: Tensor, keep_T: Tensor | None = None) -> Tensor:
+    """Mean entropy of the router's distribution over experts, in nats; at most ln E."""
+    return masked_mean(-(probs_TE * probs_TE.clamp_min(1e-20).log()).sum(-1), keep_T)
+
+
+def max_violation(counts_E: Tensor) -> Tensor:
+    """MaxVio = max_i c_i / mean(c) - 1 (arXiv 2408.15664 section 4.1); 0 at perfect balance."""
+    counts_E = counts_E.float()
+    return counts_E.max() / counts_E.mean().clamp_min(1e-10) - 1
