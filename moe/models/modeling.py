@@ -1,0 +1,134 @@
+"""`MoEForCausalLM`: any dense Hugging Face decoder with MoE layers where its FFNs were.
+
+The decoder is built by transformers and keeps its own names (``model.layers.3.self_attn...``, ``lm_head``), so attention,
+rotary embeddings, caches and generation are transformers' code. Only ``layers.N.mlp`` is ours.
+
+Legend: B batch, L sequence, V vocabulary, T = B * L.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers.initialization import guard_torch_init_functions
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from moe.layer import MoELayer, moe_layers
+from moe.models.config import MoEConfig
+from moe.observe import RoutingContext, record_loss_scale
+
+
+class MoEForCausalLM(PreTrainedModel, GenerationMixin):
+    """A causal language model with MoE layers; `from_pretrained`, `generate`, PEFT and `Trainer` work as with any other.
+
+    The returned loss is the cross-entropy alone. Balance losses act on the gradients (see `moe.observe`) with the same
+    scale as the loss, whatever the trainer multiplies it by; ``layer.stats`` has their values.
+    """
+
+    config_class = MoEConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012 (transformers' own convention)
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config: MoEConfig) -> None:
+        super().__init__(config)
+        text_config, spec = config.text_config, config.spec
+        if type(text_config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+            raise ValueError(
+                f"text_config.model_type={text_config.model_type!r} is not a causal decoder of transformers"
+            )
+        dense = MODEL_FOR_CAUSAL_LM_MAPPING[type(text_config)](text_config)
+        layers = getattr(getattr(dense, "model", None), "layers", None)
+        if layers is None or not all(hasattr(layer, "mlp") for layer in layers):
+            raise ValueError(
+                f"text_config.model_type={text_config.model_type!r} keeps its FFNs elsewhere than model.layers[i].mlp; "
+                "use a Llama-, Mistral- or Qwen-like decoder"
+            )
+        self.routing_context = RoutingContext()
+        for index, layer in enumerate(layers):
+            if spec.is_moe_layer(index):
+                layer.mlp = MoELayer(text_config.hidden_size, spec, text_config.intermediate_size, self.routing_context)
+        self.model, self.lm_head = dense.model, dense.lm_head
+        self.vocab_size = text_config.vocab_size
+        self._no_split_modules = list(dense._no_split_modules or [])
+        self.post_init()
+
+    @torch.no_grad()
+    @guard_torch_init_functions()  # makes nn.init.* leave loaded weights alone
+    def initialize_weights(self) -> None:
+        """Initialise what is not loaded; transformers dispatches to the decoder's own rule, which skips our layers."""
+        super().initialize_weights()
+        std = getattr(self.config.text_config, "initializer_range", 0.02)
+        for layer in moe_layers(self).values():
+            layer.reset_parameters(std)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """As transformers' decoders: logits (B, L, V), and the loss when ``labels`` (B, L) are given."""
+        tokens = input_ids if input_ids is not None else inputs_embeds
+        padded = attention_mask is not None and tokens is not None and attention_mask.shape == tokens.shape[:2]
+        self.routing_context.token_mask_T = attention_mask.reshape(-1).bool() if padded else None  # type: ignore[union-attr]
+        num_items = kwargs.pop("num_items_in_batch", None)
+        shift_labels = kwargs.pop("shift_labels", None)
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        hidden_BLD = outputs.last_hidden_state
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(hidden_BLD[:, kept])
+        loss = None
+        if labels is not None or shift_labels is not None:
+            loss = self._loss(logits, labels, shift_labels, num_items)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def _loss(
+        self, logits: Tensor, labels: Tensor | None, shift_labels: Tensor | None, num_items: Tensor | int | None
+    ) -> Tensor:
+        if shift_labels is None:
+            assert labels is not None
+            shift_labels = nn.functional.pad(labels, (0, 1), value=-100)[..., 1:]
+        loss = self.loss_function(
+            logits=logits,
+            labels=None,
+            vocab_size=self.vocab_size,
+            num_items_in_batch=num_items,
+            shift_labels=shift_labels.contiguous(),
+        )
+        share: Tensor | float = 1.0
+        if num_items is not None:  # the loss is a part of the step's mean, so auxiliary losses must be too
+            share = (shift_labels != -100).sum() / torch.as_tensor(num_items, device=loss.device)
+        return record_loss_scale(loss, self.routing_context, share)
+
+
+def register() -> None:
+    """Make ``AutoConfig`` and ``AutoModelForCausalLM`` know ``model_type: moe_decoder``."""
+    AutoConfig.register(MoEConfig.model_type, MoEConfig, exist_ok=True)
+    AutoModelForCausalLM.register(MoEConfig, MoEForCausalLM, exist_ok=True)
