@@ -33,7 +33,8 @@ class _Scratch(threading.local):
         numel = shape[0] * shape[1]
         flat = self._flat.get(key)
         if flat is None or flat.numel() < numel:
-            self._flat[key] = flat = torch.empty(numel, device=like.device, dtype=like.dtype)
+            with torch.inference_mode(False):  # one made in inference mode could not be written to in training
+                self._flat[key] = flat = torch.empty(numel, device=like.device, dtype=like.dtype)
         return flat[:numel].view(shape)
 
 

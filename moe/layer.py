@@ -269,7 +269,8 @@ class MoELayer(nn.Module):
 
     def _counts(self, routing: Routing | SoftRouting, keep_T: Tensor | None) -> Tensor:
         if isinstance(routing, SoftRouting):  # every expert has the same number of slots
-            return torch.full((self.num_experts,), routing.dispatch_TS.shape[1] // self.num_experts)
+            slots_per_expert = routing.dispatch_TS.shape[1] // self.num_experts
+            return torch.full((self.num_experts,), slots_per_expert, device=routing.dispatch_TS.device)
         if keep_T is None:
             return routing.counts_E
         return losses.count_assignments(routing.expert_ids_N, self.num_experts, routing.token_ids_N, keep_T)

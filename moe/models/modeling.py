@@ -33,17 +33,18 @@ class MoEForCausalLM(PreTrainedModel, GenerationMixin):
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012 (transformers' own convention)
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
     def __init__(self, config: MoEConfig) -> None:
         super().__init__(config)
-        text_config, spec = config.text_config, config.spec
+        text_config, spec = config.get_text_config(), config.spec
         if type(text_config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
             raise ValueError(
                 f"text_config.model_type={text_config.model_type!r} is not a causal decoder of transformers"
             )
-        dense = MODEL_FOR_CAUSAL_LM_MAPPING[type(text_config)](text_config)
+        decoder_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(text_config)]
+        dense = decoder_class(text_config)
         layers = getattr(getattr(dense, "model", None), "layers", None)
         if layers is None or not all(hasattr(layer, "mlp") for layer in layers):
             raise ValueError(

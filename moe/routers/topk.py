@@ -8,8 +8,9 @@ selection bias (arXiv 2412.19437 eq. 12-16, arXiv 2408.15664). Scores are comput
 Legend: T tokens, D model, E experts, K top-k, G groups, N = T * K.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -97,6 +98,15 @@ class TopKRouter(Router):
         if self.config.selection_bias:
             nn.init.zeros_(self.get_buffer("bias_E"))
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move or convert as any module, but keep the bias in fp32: its steps of 1e-3 would vanish in bf16."""
+        bias_E = self._buffers.get("bias_E")
+        super()._apply(fn, recurse)
+        moved_E = self._buffers.get("bias_E")
+        if bias_E is not None and moved_E is not None and moved_E.dtype != torch.float32:
+            self._buffers["bias_E"] = bias_E.to(moved_E.device)
+        return self
+
     @property
     def max_experts_per_token(self) -> int:
         """K."""
@@ -154,7 +164,7 @@ class TopKRouter(Router):
         expert (DeepSeek-V2). Masked with -inf: a fill of 0 would win over experts whose biased score is negative.
         """
         num_tokens, num_groups = scores_TE.shape[0], self.config.num_groups
-        grouped_TGe = scores_TE.view(num_tokens, num_groups, -1)
+        grouped_TGe = scores_TE.view(num_tokens, num_groups, self.num_experts // num_groups)
         num_best = min(2 if self.config.selection_bias else 1, grouped_TGe.shape[-1])
         group_scores_TG = grouped_TGe.topk(num_best, dim=-1).values.sum(-1)
         kept_TG = group_scores_TG.topk(self.config.top_k_groups, dim=-1).indices
