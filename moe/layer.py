@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from moe.errors import nearest
 from moe.experts import ExpertBank, SharedExperts
-from moe.observe import LayerStats, RoutingContext, attach_loss
+from moe.observe import LayerStats, RoutingContext, attach_loss, optimizer_steps
 from moe.routers import losses, parse_router
 from moe.routers.balance import BalanceConfig, update_bias
 from moe.routers.capacity import apply_capacity
@@ -181,7 +181,7 @@ class MoELayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D). The second-last dimension is the sequence where the balance loss is per sequence."""
-        num_sequences = x.shape[:-2].numel() if x.dim() > 2 else 1
+        num_sequences = max(x.shape[:-2].numel(), 1) if x.dim() > 2 else 1
         x_TD = x.reshape(-1, self.dim)
         routing = self.router(x_TD)
         num_dropped: Tensor | int = 0
@@ -290,22 +290,25 @@ class MoELayer(nn.Module):
     def _notice_optimizer_step(self) -> None:
         """Finish the step by itself where no training loop calls `finish_step`, as under HF `Trainer`.
 
-        An optimizer changes the router's weights in place, which their version counters show.
+        Steps of `torch.optim` are counted; other optimizers show in the version counters of the router's weights.
         """
-        version = sum(parameter._version for parameter in self.router.parameters())
+        version = optimizer_steps() + sum(parameter._version for parameter in self.router.parameters())
         if self._router_version is not None and version != self._router_version and self.stats.num_micro_batches:
             self.finish_step()
         self._router_version = version
 
     @torch.no_grad()
-    def finish_step(self) -> LayerStats:
+    def finish_step(self, applied: bool = True) -> LayerStats:
         """Close an optimizer step: move the selection bias, start new statistics, return the finished ones.
 
         Collective over the data-parallel ranks when ``reduce_counts`` is set and the bias moves.
+
+        Args:
+            applied: False when the step was skipped; the bias then stays too.
         """
         stats, self.stats, self._global_counts_E = self.stats, LayerStats(), None
         rate = self.spec.balance.bias_update_rate
-        if rate and stats.counts_E is not None:
+        if rate and applied and stats.counts_E is not None:
             update_bias(self.router.get_buffer("bias_E"), self._reduced(stats.counts_E), rate)
         return stats
 

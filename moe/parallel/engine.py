@@ -28,6 +28,10 @@ from moe.parallel.expert_parallel import ExpertParallelExchange
 class _EngineMoELayer(MoELayer, AutoEPMoELayer):
     """A `MoELayer` that DeepSpeed's engine takes for an AutoEP layer; made by assigning ``__class__``, never constructed."""
 
+    ep_size: int
+    ep_rank: int
+    ep_group_name: str
+
     def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False, **_: Any) -> None:
         """Called by the engine once its groups exist; creates the expert groups and the exchange."""
         if self.ep_group_name not in groups._get_expert_parallel_group_dict():
@@ -143,7 +147,8 @@ class Engine:
 
     def _clip_replicated(self) -> bool:
         """Clip gradients that every rank holds whole (ZeRO 0), by the norm over all experts of all ranks."""
-        shared, experts = [], []
+        shared: list[Tensor] = []
+        experts: list[Tensor] = []
         for parameter in self.model.parameters():
             if parameter.grad is not None:
                 (experts if is_expert_parameter(parameter) else shared).append(parameter.grad)

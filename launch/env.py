@@ -1,0 +1,52 @@
+"""What a process may know before torch and DeepSpeed are imported: devices, threads, free ports."""
+
+import os
+import socket
+from typing import Literal
+
+from moe.train.config import ParallelConfig
+
+
+def num_gpus() -> int:
+    """GPUs that torch can use here."""
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def choose_processes(parallel: ParallelConfig) -> int:
+    """How many processes `moe train` starts on this machine."""
+    if parallel.processes != "auto":
+        return parallel.processes
+    gpus = 0 if parallel.device == "cpu" else num_gpus()
+    return max(gpus // parallel.ep_size * parallel.ep_size, parallel.ep_size)
+
+
+def choose_device(parallel: ParallelConfig, local_processes: int) -> Literal["cpu", "cuda"]:
+    """Device type for all processes of this machine.
+
+    Raises:
+        ValueError: GPUs were asked for and there are fewer than processes.
+    """
+    if parallel.device == "cpu":
+        return "cpu"
+    gpus = num_gpus()
+    if parallel.device == "cuda" and gpus < local_processes:
+        raise ValueError(
+            f"parallel.device=cuda needs one GPU for each of the {local_processes} processes and there are {gpus}; "
+            "lower parallel.processes, or set parallel.device=cpu"
+        )
+    return "cuda" if gpus >= local_processes else "cpu"
+
+
+def threads_per_process(local_processes: int) -> int:
+    """CPU threads of each process so that they share the cores that this job may use."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(cores // local_processes, 1)
+
+
+def free_port() -> int:
+    """A TCP port that is free on the loopback interface now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,74 @@
+"""Entry point of one training process: ``torchrun -m moe.launch.train CONFIG [--resume] [key=value ...]``.
+
+RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT come from whoever starts it: torchrun, the deepspeed launcher,
+srun, or `moe train`. Without them it is a run of one process.
+"""
+
+import argparse
+import json
+import os
+import sys
+
+from moe.launch.env import choose_device, free_port
+from moe.train.config import RunConfig, load_config
+from moe.train.run_folder import SUMMARY_FILE, check_run_dir
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Train; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="moe.launch.train", description=__doc__)
+    parser.add_argument("config", help="YAML file, e.g. configs/tiny.yaml")
+    parser.add_argument("overrides", nargs="*", help="key.path=value")
+    parser.add_argument("--resume", action="store_true", help="continue the run in its folder")
+    parser.add_argument(
+        "--local_rank", type=int, default=None, help=argparse.SUPPRESS
+    )  # the deepspeed launcher adds it
+    options = parser.parse_intermixed_args(arguments)
+    if "RANK" not in os.environ:
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+    try:
+        config = load_config(options.config, options.overrides)
+        return train(config, options.resume)
+    except ValueError as problem:
+        if os.environ["RANK"] == "0":
+            print(f"error: {problem}", file=sys.stderr)
+        return 2
+
+
+def train(config: RunConfig, resume: bool) -> int:
+    """Run the trainer on this rank, then write summary, model folder and report on rank 0."""
+    from moe.parallel.ranks import init_ranks, leave
+
+    local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    device_type = choose_device(config.parallel, local_processes)
+    ranks = init_ranks(device_type, config.parallel.timeout_seconds)
+    from moe.train.finish import finish_run
+    from moe.train.trainer import Trainer, TrainingError
+
+    try:
+        if ranks.is_main:
+            problem = None
+            try:
+                check_run_dir(config.run_dir, resume)
+            except ValueError as found:
+                problem = str(found)
+        problem = ranks.gather(problem if ranks.is_main else None)[0]
+        if problem:
+            raise ValueError(problem)
+        trainer = Trainer(config, ranks, resume)
+        outcome = trainer.fit()
+        if ranks.is_main:
+            summary = finish_run(config, outcome, trainer.data.tokenizer)
+            (config.run_dir / SUMMARY_FILE).write_text(json.dumps(summary, indent=1), encoding="utf-8")
+    except TrainingError as problem_found:
+        if ranks.is_main:
+            print(f"error: {problem_found}", file=sys.stderr)
+        return 3
+    finally:
+        leave()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

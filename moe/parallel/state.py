@@ -1,0 +1,117 @@
+"""Whole fp32 weights and optimizer states of single parameters, whatever ZeRO stage holds them in pieces.
+
+DeepSpeed keeps fp32 master weights and moments flattened and partitioned. Its ``safe_get_full_*`` calls put one parameter
+together; writing one back, and creating the moments before the first step, is done here. Everything in this file is
+collective over the ranks that share the parameter, and must be called by all of them in the same order.
+"""
+
+from typing import Any
+
+import torch
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad, safe_get_full_optimizer_state
+from torch import Tensor, nn
+
+from moe.parallel.engine import Engine
+
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam and AdamW
+
+
+def full_gradient(parameter: nn.Parameter) -> Tensor:
+    """Averaged gradient after backward and before the step, in fp32."""
+    gradient = safe_get_full_grad(parameter)
+    return torch.zeros_like(parameter, dtype=torch.float32) if gradient is None else gradient.float()
+
+
+def full_weight(engine: Engine, parameter: nn.Parameter) -> Tensor:
+    """The fp32 master weight."""
+    whole = safe_get_full_fp32_param(parameter)
+    if whole is None:
+        whole = _master(engine, parameter)
+    return whole.detach().float()
+
+
+def full_moment(engine: Engine, parameter: nn.Parameter, key: str) -> Tensor:
+    """An optimizer state of the parameter's shape; it exists after the first step."""
+    whole = safe_get_full_optimizer_state(parameter, key)
+    if whole is None:
+        whole = engine.module.basic_optimizer.state[_master(engine, parameter)][key]
+    return whole.detach().float()
+
+
+def num_optimizer_steps(engine: Engine) -> int:
+    """Steps that the optimizer has applied; 0 before its state exists."""
+    for state in engine.module.basic_optimizer.state.values():
+        if "step" in state:
+            return int(state["step"])
+    return 0
+
+
+def create_moments(engine: Engine, num_steps: int) -> None:
+    """Make zero moments as if ``num_steps`` steps had been applied, so that `set_full` can fill them."""
+    base: Any = engine.module.basic_optimizer
+    for master in _masters(engine):
+        base.state[master] = {
+            "step": torch.tensor(float(num_steps), dtype=torch.float32, device=master.device),
+            **{key: torch.zeros_like(master) for key in MOMENTS},
+        }
+    link_moments(engine)
+
+
+def link_moments(engine: Engine) -> None:
+    """Tell every parameter where its moments are; to be called before `full_moment` and `set_full`.
+
+    DeepSpeed 0.19.8 does it once, after stepping the first of several optimizer groups, when the others have none yet.
+    """
+    optimizer: Any = engine.optimizer
+    if hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):
+        optimizer._hp_optimizer_states_linked = False
+        optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def set_full(engine: Engine, parameter: Any, weight: Tensor, moments: dict[str, Tensor]) -> None:
+    """Write a whole fp32 weight and its moments into this rank's pieces, and the compute weight with them."""
+    if hasattr(parameter, "ds_id"):  # ZeRO 3
+        _set_partition(parameter, weight, None)
+        for key, moment in moments.items():
+            _set_partition(parameter, moment, key)
+        return
+    if hasattr(parameter, "_hp_mapping"):  # ZeRO 1 and 2
+        parameter.set_full_hp_param(weight)
+        for key, moment in moments.items():
+            parameter.set_full_hp_param(moment, key)
+    else:
+        master = _master(engine, parameter)
+        master.data.copy_(weight)
+        for key, moment in moments.items():
+            engine.module.basic_optimizer.state[master][key].copy_(moment)
+    parameter.data.copy_(weight)
+
+
+def _set_partition(parameter: Any, whole: Tensor, key: str | None) -> None:
+    """DeepSpeed's own setter overruns the end where the parameter does not divide evenly; pad, and set the piece."""
+    piece_numel, rank = parameter.ds_tensor.numel(), parameter.ds_zero_partition_rank
+    flat = whole.flatten()
+    piece = flat.new_zeros(piece_numel)
+    mine = flat[rank * piece_numel : (rank + 1) * piece_numel]
+    piece[: mine.numel()] = mine
+    parameter._z3_optimizer.set_local_hp_param(piece, parameter, key)
+    if key is None:
+        parameter.ds_tensor.data.copy_(piece)
+
+
+def _masters(engine: Engine) -> list[Tensor]:
+    """The tensors that the base optimizer steps."""
+    optimizer = engine.optimizer
+    if hasattr(optimizer, "fp32_partitioned_groups_flat"):  # ZeRO 3 empties the optimizer's own list between steps
+        return list(optimizer.fp32_partitioned_groups_flat)
+    return [p for group in engine.module.basic_optimizer.param_groups for p in group["params"]]
+
+
+def _master(engine: Engine, parameter: nn.Parameter) -> Tensor:
+    """The fp32 tensor behind a parameter that is not partitioned (ZeRO 0)."""
+    optimizer = engine.optimizer
+    for low, full in zip(getattr(optimizer, "fp16_groups", []), getattr(optimizer, "fp32_groups", []), strict=True):
+        for compute, master in zip(low, full, strict=True):
+            if compute is parameter:
+                return master
+    return parameter

@@ -1,0 +1,1 @@
+"""Training: config, data, optimisation, metrics, the loop, and the report of a run."""

@@ -1,0 +1,216 @@
+"""The config of a run: one pydantic model per section, YAML in, dotted overrides, and errors that name the nearest key."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from moe.errors import nearest
+from moe.layer import MoESpec
+from moe.train.data import DataConfig
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class ModelConfig(_Section):
+    """The dense decoder around the experts."""
+
+    decoder: dict[str, Any] = Field(
+        default_factory=lambda: {"model_type": "llama"},
+        description="a transformers decoder config: model_type and its fields; vocab_size defaults to the tokenizer's",
+    )
+    init_from: str | None = Field(
+        default=None, description="folder of a saved model to continue from; decoder and moe are then read from it"
+    )
+
+    @field_validator("decoder")
+    @classmethod
+    def _known_fields(cls, decoder: dict[str, Any]) -> dict[str, Any]:
+        from transformers import CONFIG_MAPPING
+
+        model_type = str(decoder.get("model_type"))
+        if model_type not in CONFIG_MAPPING:
+            raise ValueError(
+                f"model.decoder.model_type={model_type!r} is unknown to transformers; use e.g. llama or qwen3"
+            )
+        known = {field.name for field in dataclasses.fields(CONFIG_MAPPING[model_type])} | {"model_type"}
+        for key in decoder:
+            if key not in known:
+                raise ValueError(f"model.decoder.{key} is not a field of {model_type}; {nearest(key, known)}")
+        return decoder
+
+
+class OptimConfig(_Section):
+    """AdamW and its learning rate over time."""
+
+    lr: float = Field(default=1e-3, gt=0, description="peak learning rate")
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.1, ge=0, description="of matrices; norms and biases have none")
+    clip: float = Field(default=1.0, ge=0, description="largest global gradient norm; 0 does not clip")
+    schedule: Literal["wsd", "cosine", "constant"] = "wsd"
+    warmup_steps: int = Field(default=20, ge=0, description="linear warm-up from 0")
+    decay_fraction: float = Field(default=0.2, ge=0, le=1, description="wsd: last share of the steps that decays")
+    final_lr_fraction: float = Field(default=0.0, ge=0, le=1, description="learning rate at the end over its peak")
+
+
+class TrainConfig(_Section):
+    """How long, in which batches, and what happens along the way."""
+
+    steps: int = Field(default=200, ge=1, description="optimizer steps")
+    batch_size: int = Field(default=32, ge=1, description="sequences per optimizer step, over all processes")
+    micro_batch_size: int = Field(default=16, ge=1, description="sequences per process and forward pass")
+    precision: Literal["fp32", "bf16"] = "fp32"
+    activation_checkpointing: bool = False
+    eval_every: int = Field(default=0, ge=0, description="steps between evaluations; 0: only at the end")
+    eval_windows: int = Field(default=64, ge=1, description="held-out windows per evaluation")
+    checkpoint_every: int = Field(default=0, ge=0, description="steps between checkpoints; 0: only at the end")
+    keep_last: int = Field(default=2, ge=1, description="checkpoints that stay")
+    max_nonfinite_steps: int = Field(default=5, ge=1, description="skipped steps in a row after which the run stops")
+    log_every: int = Field(default=1, ge=1, description="steps between lines of metrics")
+    sample_prompt: str = "def "
+    sample_tokens: int = Field(default=64, ge=0, description="length of the sample at the end; 0: none")
+
+
+class ParallelConfig(_Section):
+    """Processes and how the model is spread over them."""
+
+    processes: int | Literal["auto"] = Field(
+        default="auto", description="processes that `moe train` starts on this machine; auto: one per GPU, else one"
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto", description="auto: GPUs if there is one for each process of this machine, else CPU"
+    )
+    ep_size: int = Field(default=1, ge=1, description="processes that share one set of experts")
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    timeout_seconds: float = Field(default=600, gt=0, description="after which a stuck collective fails")
+    deepspeed: dict[str, Any] = Field(default_factory=dict, description="merged into the generated DeepSpeed config")
+
+
+class LogConfig(_Section):
+    """Where runs and their metrics go."""
+
+    run_root: str = "runs"
+    wandb: Literal["auto", "offline", "off"] = Field(
+        default="auto", description="auto: online if you are logged in, else offline files in the run folder"
+    )
+    wandb_project: str = "moe"
+
+    @field_validator("wandb", mode="before")
+    @classmethod
+    def _yaml_off(cls, value: Any) -> Any:
+        return "off" if value is False else value  # YAML reads a bare `off` as false
+
+
+class RunConfig(_Section):
+    """Everything about a run."""
+
+    name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="names the run folder")
+    seed: int = Field(default=0, ge=0, description="of the initial weights; data has its own")
+    model: ModelConfig = ModelConfig()
+    moe: dict[str, Any] | None = Field(default=None, description="an MoESpec; null trains the dense decoder")
+    data: DataConfig = DataConfig()
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig = TrainConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    log: LogConfig = LogConfig()
+
+    @field_validator("moe")
+    @classmethod
+    def _checked_moe(cls, moe: dict[str, Any] | None) -> dict[str, Any] | None:
+        return None if moe is None else MoESpec.from_dict(moe).to_dict()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "RunConfig":
+        ep_size, moe, processes = self.parallel.ep_size, self.moe, self.parallel.processes
+        if ep_size > 1 and moe is not None and moe["num_experts"] % ep_size:
+            raise ValueError(
+                f"moe.num_experts={moe['num_experts']} is not divisible by parallel.ep_size={ep_size}; change one of them"
+            )
+        if ep_size > 1 and moe is None and self.model.init_from is None:
+            raise ValueError(f"parallel.ep_size={ep_size} needs experts, and moe is null; set parallel.ep_size=1")
+        if isinstance(processes, int) and processes % ep_size:
+            raise ValueError(f"parallel.ep_size={ep_size} does not divide parallel.processes={processes}")
+        if self.optim.warmup_steps >= self.train.steps:
+            raise ValueError(
+                f"optim.warmup_steps={self.optim.warmup_steps} must be below train.steps={self.train.steps}"
+            )
+        return self
+
+    def grad_accum(self, world_size: int) -> int:
+        """Micro-batches per process and step."""
+        per_pass = self.train.micro_batch_size * world_size
+        if self.train.batch_size % per_pass:
+            raise ValueError(
+                f"train.batch_size={self.train.batch_size} is not divisible by train.micro_batch_size="
+                f"{self.train.micro_batch_size} times {world_size} processes; make it a multiple of {per_pass}"
+            )
+        return self.train.batch_size // per_pass
+
+    @property
+    def run_dir(self) -> Path:
+        """The run's folder."""
+        return Path(self.log.run_root) / self.name
+
+
+def load_config(path: Path | str, overrides: list[str] | None = None) -> RunConfig:
+    """Read YAML and apply ``key.path=value`` overrides (values are YAML).
+
+    Raises:
+        ValueError: the file is missing or no mapping, an override is malformed, or a key or value is wrong; every problem
+            is listed with its key, and an unknown key with the nearest known one.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"config file {str(path)!r} does not exist")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as problem:
+        raise ValueError(f"config file {str(path)!r} is not YAML: {problem}") from problem
+    if not isinstance(values, dict):
+        raise ValueError(f"config file {str(path)!r} must hold a mapping of sections")
+    for override in overrides or []:
+        _apply(values, override)
+    return parse_config(values)
+
+
+def parse_config(values: dict[str, Any]) -> RunConfig:
+    """A checked config from plain data; see `load_config`."""
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as problem:
+        raise ValueError("\n".join(_explain(error) for error in problem.errors())) from None
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ValueError(f"override {override!r} must read key.path=value, such as train.steps=100")
+    *parents, last = key.split(".")
+    node = values
+    for parent in parents:
+        child = node.get(parent)
+        if child is None:
+            child = node[parent] = {}
+        if not isinstance(child, dict):
+            raise ValueError(f"override {override!r}: {parent!r} is a value, not a section")
+        node = child
+    node[last] = yaml.safe_load(text)
+
+
+def _explain(error: Any) -> str:
+    location = [str(part) for part in error["loc"]]
+    key = ".".join(location)
+    if error["type"] == "extra_forbidden":
+        section: Any = RunConfig
+        for part in location[:-1]:
+            section = section.model_fields[part].annotation
+        return f"config key {key} is unknown; {nearest(location[-1], section.model_fields)}"
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "value_error":
+        return message
+    return f"config key {key}={error['input']!r}: {message}"

@@ -1,0 +1,49 @@
+"""What happens once the last step is done: the model as a Hugging Face folder, a sample of its text, and the report."""
+
+import sys
+from typing import Any, cast
+
+import torch
+from rich.console import Console
+from rich.text import Text
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from moe.train.config import RunConfig
+from moe.train.model import export_model
+from moe.train.report import write_report
+from moe.train.run_folder import MODEL_DIR
+from moe.train.trainer import Outcome
+
+
+def finish_run(config: RunConfig, outcome: Outcome, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    """Export, sample and report; prints where things are to stderr. Returns the summary. For rank 0."""
+    summary = dict(outcome.summary, run_dir=str(config.run_dir), finished=outcome.finished)
+    console = Console(file=sys.stderr, highlight=False)
+    if outcome.finished:
+        dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+        model = export_model(outcome.checkpoint, config.run_dir / MODEL_DIR, dtype)
+        tokenizer.save_pretrained(config.run_dir / MODEL_DIR)
+        if config.train.sample_tokens:
+            summary["sample"] = sample_text(model, tokenizer, config.train.sample_prompt, config.train.sample_tokens)
+    if summary["perplexity"] is not None:
+        console.print(f"held-out loss {summary['eval_loss']:.4f}, perplexity {summary['perplexity']:.2f}")
+    if "sample" in summary:
+        console.print("sample:")
+        console.print(Text(summary["sample"]))
+    report = write_report(config.run_dir)
+    console.print(f"run folder {config.run_dir}, report {report}, pictures {config.run_dir / 'pictures'}")
+    if not outcome.finished:
+        console.print(f"stopped at step {outcome.step}: resumable, run the same command with --resume")
+    return summary
+
+
+def sample_text(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompt: str, num_tokens: int, temperature: float = 0.0
+) -> str:
+    """The prompt with ``num_tokens`` more tokens; greedy at temperature 0."""
+    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+    options: dict[str, Any] = {"do_sample": temperature > 0}
+    if temperature > 0:
+        options["temperature"] = temperature
+    output = cast(Any, model).generate(**inputs, max_new_tokens=num_tokens, pad_token_id=tokenizer.eos_token_id, **options)
+    return str(tokenizer.decode(output[0], skip_special_tokens=True))

@@ -1,0 +1,78 @@
+"""From a run's config to its model, and from a training checkpoint to a Hugging Face folder."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+from moe.layer import moe_layers
+from moe.models import MoEConfig
+from moe.parallel.checkpoint import load_weights, read_state
+from moe.train.config import RunConfig
+
+
+def build_config(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> PreTrainedConfig:
+    """The Hugging Face config of the run's model.
+
+    Raises:
+        ValueError: the decoder's vocabulary or positions are too small for the data.
+    """
+    if config.model.init_from is not None:
+        model_config = AutoConfig.from_pretrained(config.model.init_from)
+        decoder = model_config.get_text_config()
+    else:
+        fields = {"vocab_size": len(tokenizer), **config.model.decoder}
+        for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            fields.setdefault(key, tokenizer.eos_token_id)
+        decoder = AutoConfig.for_model(**fields)
+        model_config = decoder if config.moe is None else MoEConfig(text_config=decoder, moe=config.moe)
+    if decoder.vocab_size < len(tokenizer):
+        raise ValueError(
+            f"model.decoder.vocab_size={decoder.vocab_size} is below the tokenizer's {len(tokenizer)}; raise or remove it"
+        )
+    if decoder.max_position_embeddings < config.data.seq_len:
+        raise ValueError(
+            f"model.decoder.max_position_embeddings={decoder.max_position_embeddings} is below data.seq_len="
+            f"{config.data.seq_len}; raise it"
+        )
+    return model_config
+
+
+def build_model(config: RunConfig, model_config: PreTrainedConfig) -> PreTrainedModel:
+    """The model on CPU in fp32, with all experts; the same on every rank for the same seed."""
+    torch.manual_seed(config.seed)
+    if config.model.init_from is not None:
+        model = AutoModelForCausalLM.from_pretrained(config.model.init_from, dtype=torch.float32)
+    else:
+        model = AutoModelForCausalLM.from_config(model_config, dtype=torch.float32)
+    model.config.use_cache = False
+    if config.train.activation_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model.train()
+
+
+def export_model(checkpoint: Path, out: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """Write a training checkpoint as a Hugging Face folder; on CPU, without a process group. Returns the model."""
+    values = read_state(checkpoint)["model_config"]
+    model_config = AutoConfig.for_model(**values)
+    model = AutoModelForCausalLM.from_config(model_config, dtype=torch.float32)
+    load_weights(checkpoint, model)
+    model = model.to(dtype).eval()
+    model.config.use_cache = True
+    model.save_pretrained(out)
+    return model
+
+
+def parameter_counts(model: nn.Module) -> dict[str, int]:
+    """Sizes: "total_params"; "active_params", those a token is multiplied with or looks up; "matmul_params", without lookups."""
+    total = sum(parameter.numel() for parameter in model.parameters())
+    idle = 0
+    for layer in moe_layers(model).values():
+        per_expert = sum(parameter.numel() for parameter in layer.experts.parameters()) // layer.num_experts
+        idle += per_expert * (layer.num_experts - layer.router.max_experts_per_token)
+    embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
+    tied = model.get_output_embeddings().weight is embedding.weight  # type: ignore[operator]
+    lookup = 0 if tied else embedding.weight.numel()
+    return {"total_params": total, "active_params": total - idle, "matmul_params": total - idle - lookup}
