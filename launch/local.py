@@ -12,8 +12,8 @@ from moe.launch.env import free_port, threads_per_process
 GRACE_SECONDS = 60.0  # to write a checkpoint after SIGTERM
 
 
-def run_local(arguments: list[str], processes: int) -> int:
-    """Run ``python -m moe.launch.train ARGUMENTS`` in ``processes`` processes; returns the first failing exit status, or 0.
+def run_local(arguments: list[str], processes: int, module: str = "moe.launch.train") -> int:
+    """Run ``python -m MODULE ARGUMENTS`` in ``processes`` processes; returns the first failing exit status, or 0.
 
     SIGTERM and SIGINT reach every process once; a process that fails takes the others with it, after `GRACE_SECONDS`.
     The processes' stdout goes to stderr: stdout belongs to the command that called this.
@@ -26,7 +26,7 @@ def run_local(arguments: list[str], processes: int) -> int:
         "WORLD_SIZE": str(processes),
         "LOCAL_WORLD_SIZE": str(processes),
     }
-    command = [sys.executable, "-m", "moe.launch.train", *arguments]
+    command = [sys.executable, "-m", module, *arguments]
     workers = [
         subprocess.Popen(
             command,

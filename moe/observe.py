@@ -12,6 +12,23 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+_num_steps = 0
+
+
+def _count_step(*_: Any) -> None:
+    global _num_steps
+    _num_steps += 1
+
+
+# Version counters do not tell: fused optimizers, the default of HF `Trainer`, leave them alone.
+register_optimizer_step_post_hook(_count_step)
+
+
+def optimizer_steps() -> int:
+    """Steps that `torch.optim` optimizers took in this process."""
+    return _num_steps
 
 
 class RoutingContext:
@@ -32,7 +49,7 @@ class _RecordLossScale(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, loss: Tensor, context: RoutingContext, share: Tensor | float) -> Tensor:
         ctx.context, ctx.share = context, share
-        return loss.view_as(loss)
+        return loss.clone()  # not a view: trainers scale the loss in place
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
@@ -55,10 +72,14 @@ class _AttachLoss(torch.autograd.Function):
         ctx: Any, y_TD: Tensor, loss: Tensor, context: RoutingContext, on_backward: Callable[[], None]
     ) -> Tensor:
         ctx.context, ctx.on_backward = context, on_backward
-        return y_TD.view_as(y_TD)
+        ctx.save_for_backward(loss)
+        return y_TD.detach()  # same memory but no view, so that a residual may be added in place
 
     @staticmethod
     def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:
+        # Under non-reentrant checkpointing, asking for a saved tensor runs the forward again. That must come before the
+        # commit: the forward would find its own counts among those of earlier micro-batches.
+        _ = ctx.saved_tensors
         ctx.on_backward()
         scale = torch.as_tensor(ctx.context.loss_scale, device=dy_TD.device, dtype=torch.float32)
         return dy_TD, scale, None, None

@@ -30,7 +30,15 @@ from torch import Tensor, nn
 
 from moe.layer import moe_layers
 from moe.parallel.engine import Engine, is_expert_parameter
-from moe.parallel.state import MOMENTS, create_moments, full_moment, full_weight, link_moments, num_optimizer_steps, set_full
+from moe.parallel.state import (
+    MOMENTS,
+    create_moments,
+    full_moment,
+    full_weight,
+    link_moments,
+    num_optimizer_steps,
+    set_full,
+)
 
 MANIFEST, STATE = "manifest.json", "state.json"
 

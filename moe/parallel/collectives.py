@@ -57,8 +57,8 @@ def exchange_counts(counts_WC: Tensor, group: Group) -> Tensor:
     return received_WC
 
 
-def sum_over(group: Group, tensor: Tensor) -> Tensor:
-    """Sum of ``tensor`` over the ranks of the group, out of place; without gradient."""
+def all_reduce_sum(tensor: Tensor, group: Group = None) -> Tensor:
+    """Sum of ``tensor`` over the ranks of the group (all by default), out of place; without gradient."""
     total = tensor.detach().clone()
     dist.all_reduce(total, group=group)
     return total

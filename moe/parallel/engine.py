@@ -21,7 +21,7 @@ from deepspeed.utils import groups, set_z3_leaf_modules
 from torch import Tensor, nn
 
 from moe.layer import MoELayer, moe_layers
-from moe.parallel.collectives import sum_over
+from moe.parallel.collectives import all_reduce_sum
 from moe.parallel.expert_parallel import ExpertParallelExchange
 
 
@@ -60,7 +60,7 @@ def shard_experts(model: nn.Module, ep_size: int) -> None:
             f"parallel.ep_size={ep_size} does not divide the {world_size} processes; use a divisor or start more"
         )
     for layer in moe_layers(model).values():
-        layer.reduce_counts = lambda counts_E: sum_over(groups._get_data_parallel_group(), counts_E)
+        layer.reduce_counts = all_reduce_sum
         if ep_size == 1:
             continue
         if layer.num_experts % ep_size:
@@ -154,7 +154,7 @@ class Engine:
                 (experts if is_expert_parameter(parameter) else shared).append(parameter.grad)
         squares = torch.stack([_sum_of_squares(shared), _sum_of_squares(experts)])
         if self.ep_size > 1:
-            squares[1:] = sum_over(groups._get_expert_parallel_group(f"ep_size_{self.ep_size}"), squares[1:])
+            squares[1:] = all_reduce_sum(squares[1:], groups._get_expert_parallel_group(f"ep_size_{self.ep_size}"))
         norm = squares.sum().sqrt()
         self.grad_norm = float(norm)
         if not torch.isfinite(norm):

@@ -1,13 +1,14 @@
 """What happens once the last step is done: the model as a Hugging Face folder, a sample of its text, and the report."""
 
 import sys
-from typing import Any, cast
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.text import Text
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
+from moe.models.generate import sample_text
 from moe.train.config import RunConfig
 from moe.train.model import export_model
 from moe.train.report import write_report
@@ -35,15 +36,3 @@ def finish_run(config: RunConfig, outcome: Outcome, tokenizer: PreTrainedTokeniz
     if not outcome.finished:
         console.print(f"stopped at step {outcome.step}: resumable, run the same command with --resume")
     return summary
-
-
-def sample_text(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompt: str, num_tokens: int, temperature: float = 0.0
-) -> str:
-    """The prompt with ``num_tokens`` more tokens; greedy at temperature 0."""
-    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
-    options: dict[str, Any] = {"do_sample": temperature > 0}
-    if temperature > 0:
-        options["temperature"] = temperature
-    output = cast(Any, model).generate(**inputs, max_new_tokens=num_tokens, pad_token_id=tokenizer.eos_token_id, **options)
-    return str(tokenizer.decode(output[0], skip_special_tokens=True))
