@@ -1,7 +1,10 @@
 """What a process may know before torch and DeepSpeed are imported: devices, threads, free ports."""
 
+import ctypes
 import os
+import signal
 import socket
+import sys
 from typing import Literal
 
 from moe.train.config import ParallelConfig
@@ -50,3 +53,17 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+LAUNCHER_VARIABLE = "MOE_LAUNCHER_PID"
+
+
+def end_with_launcher() -> None:
+    """Let the kernel end this process when the `moe train` that started it dies, even by SIGKILL (Linux)."""
+    launcher = os.environ.get(LAUNCHER_VARIABLE)
+    if launcher is None or not sys.platform.startswith("linux"):
+        return
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    if os.getppid() != int(launcher):  # it died before the line above
+        sys.exit(1)

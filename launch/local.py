@@ -7,7 +7,7 @@ import sys
 import time
 from types import FrameType
 
-from moe.launch.env import free_port, threads_per_process
+from moe.launch.env import LAUNCHER_VARIABLE, free_port, threads_per_process
 
 GRACE_SECONDS = 60.0  # to write a checkpoint after SIGTERM
 
@@ -25,6 +25,7 @@ def run_local(arguments: list[str], processes: int, module: str = "moe.launch.tr
         "MASTER_PORT": str(free_port()),
         "WORLD_SIZE": str(processes),
         "LOCAL_WORLD_SIZE": str(processes),
+        LAUNCHER_VARIABLE: str(os.getpid()),
     }
     command = [sys.executable, "-m", module, *arguments]
     workers = [

@@ -9,7 +9,7 @@ import json
 import os
 import sys
 
-from moe.launch.env import choose_device, free_port
+from moe.launch.env import choose_device, end_with_launcher, free_port
 from moe.train.config import RunConfig, load_config
 from moe.train.run_folder import SUMMARY_FILE, check_run_dir
 
@@ -24,6 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--local_rank", type=int, default=None, help=argparse.SUPPRESS
     )  # the deepspeed launcher adds it
     options = parser.parse_intermixed_args(arguments)
+    end_with_launcher()
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
@@ -40,21 +41,21 @@ def train(config: RunConfig, resume: bool) -> int:
     """Run the trainer on this rank, then write summary, model folder and report on rank 0."""
     from moe.parallel.ranks import init_ranks, leave
 
-    local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    # torchrun says LOCAL_WORLD_SIZE, the deepspeed launcher LOCAL_SIZE
+    local_processes = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
     device_type = choose_device(config.parallel, local_processes)
     ranks = init_ranks(device_type, config.parallel.timeout_seconds)
     from moe.train.finish import finish_run
     from moe.train.trainer import Trainer, TrainingError
 
     try:
+        problem = None
         if ranks.is_main:
-            problem = None
             try:
                 check_run_dir(config.run_dir, resume)
             except ValueError as found:
                 problem = str(found)
-        problem = ranks.gather(problem if ranks.is_main else None)[0]
-        if problem:
+        if problem := ranks.gather(problem)[0]:
             raise ValueError(problem)
         trainer = Trainer(config, ranks, resume)
         outcome = trainer.fit()

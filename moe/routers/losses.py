@@ -72,7 +72,14 @@ def entropy(probs_TE: Tensor, keep_T: Tensor | None = None) -> Tensor:
     return masked_mean(-(probs_TE * probs_TE.clamp_min(1e-20).log()).sum(-1), keep_T)
 
 
+def load_fractions(counts_E: Tensor) -> Tensor:
+    """(E,) fp32 share of the assignments that each expert received; zeros where nothing was assigned."""
+    counts_E = counts_E.detach().float()
+    return counts_E / counts_E.sum().clamp_min(1e-20)
+
+
 def max_violation(counts_E: Tensor) -> Tensor:
-    """MaxVio = max_i c_i / mean(c) - 1 (arXiv 2408.15664 section 4.1); 0 at perfect balance."""
-    counts_E = counts_E.float()
-    return counts_E.max() / counts_E.mean().clamp_min(1e-10) - 1
+    """MaxVio = max_i c_i / mean(c) - 1 (arXiv 2408.15664 eq. 4): 0 is balanced, or nothing was assigned; E - 1 is collapse."""
+    counts_E = counts_E.detach().float()
+    mean = counts_E.mean()
+    return torch.where(mean > 0, counts_E.max() / mean.clamp_min(1e-20) - 1, torch.zeros_like(mean))

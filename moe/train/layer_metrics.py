@@ -9,7 +9,7 @@ import torch
 
 from moe.observe import LayerStats
 from moe.parallel.ranks import Ranks
-from moe.routers.losses import max_violation
+from moe.routers.losses import load_fractions, max_violation
 
 
 def layer_records(stats: dict[str, LayerStats], ranks: Ranks) -> dict[str, dict[str, Any]]:
@@ -40,7 +40,7 @@ def layer_records(stats: dict[str, LayerStats], ranks: Ranks) -> dict[str, dict[
         sums = {key: next(total) for key in sorted(layer.sums)}
         batches = layer.num_micro_batches * ranks.world_size
         records[_number(name)] = {
-            "load": (counts_E / counts_E.sum().clamp_min(1)).tolist(),
+            "load": load_fractions(counts_E).tolist(),
             "max_violation": max_violation(counts_E).item(),
             "dropped_fraction": sums["dropped"] / max(sums["assigned"], 1),
             "entropy": sums.get("entropy", 0.0) / batches,

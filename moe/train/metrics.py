@@ -18,7 +18,6 @@ from types import TracebackType
 from typing import Any, Self
 
 import torch
-from torch import Tensor
 
 from moe.train.wandb_mirror import WandbMirror
 
@@ -59,26 +58,6 @@ _PEAK_FLOPS = {
     "MI300X": 1307.4e12,
     "MI325X": 1307.4e12,
 }
-
-
-def load_fractions(counts_E: Tensor) -> Tensor:
-    """Share of the assignments each expert received.
-
-    counts_E: (E,) of any number type. Returns (E,) float32 that sums to 1, or zeros where nothing was assigned.
-    """
-    counts_E = counts_E.detach().to(torch.float32)
-    return counts_E / counts_E.sum().clamp_min(1e-20)
-
-
-def max_violation(load_E: Tensor) -> Tensor:
-    """How far the busiest expert is above the mean: max(load) / mean(load) - 1 (MaxVio, arXiv 2408.15664 eq. 4).
-
-    load_E: (E,) counts or fractions. Returns a float32 scalar on the same device: 0 is balanced, E - 1 is one expert
-    taking all, and 0 where nothing was assigned.
-    """
-    load_E = load_E.detach().to(torch.float32)
-    mean = load_E.mean()
-    return torch.where(mean > 0, load_E.max() / mean.clamp_min(1e-20) - 1, torch.zeros_like(mean))
 
 
 def mean_balance(layers: Iterable[Mapping[str, Any]]) -> float | None:

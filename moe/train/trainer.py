@@ -82,7 +82,8 @@ class Trainer:
         )
         self.model = model
         self.step = self.tokens = self.skipped = self._nonfinite_in_a_row = 0
-        self._stop_signal: int | None = None
+        self._stop_signal = 0
+        self._stop_agreed = False
         self._checkpoint: Path | None = None
         torch.manual_seed(config.seed * ranks.world_size + ranks.rank)  # router noise differs between ranks
         self._notes: list[str] = []
@@ -131,7 +132,7 @@ class Trainer:
             with TrainProgress(config.train.steps, self.ranks.is_main, start_step=self.step) as self._progress:
                 for note in self._notes:
                     self._event(note)
-                while self.step < config.train.steps and not self._should_stop():
+                while self.step < config.train.steps and not self._stop_agreed:
                     self._train_step()
                     if config.train.eval_every and self.step % config.train.eval_every == 0:
                         last_eval = self.evaluate()
@@ -143,7 +144,7 @@ class Trainer:
                 if finished and (last_eval is None or self.step % max(config.train.eval_every, 1)):
                     last_eval = self.evaluate()
                 if not finished:
-                    self._event(f"stopped by signal {self._stop_signal} after step {self.step}: resumable")
+                    self._event(f"stopped by a signal after step {self.step}: resumable")
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
@@ -180,15 +181,9 @@ class Trainer:
         )
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self._stop_signal is not None:  # asked twice: give up at once
+        if self._stop_signal:  # asked twice: give up at once
             raise KeyboardInterrupt
         self._stop_signal = number
-
-    def _should_stop(self) -> bool:
-        """Whether any rank was asked to stop; all ranks agree, so that none waits for another."""
-        stop = max(self.ranks.gather(self._stop_signal or 0)) if self.step % 1 == 0 else 0
-        self._stop_signal = stop or self._stop_signal
-        return bool(stop)
 
     def _tokens_per_step(self) -> int:
         return self.config.train.batch_size * self.config.data.seq_len
@@ -208,7 +203,9 @@ class Trainer:
             self.engine.backward(micro_loss)
             applied = self.engine.step()
             loss += micro_loss.detach()
-        (loss_sum,) = self.ranks.sum([loss.item()])
+        # A signal may reach ranks at different steps; they stop together, so that none waits for another.
+        loss_sum, stops = self.ranks.sum([loss.item(), float(bool(self._stop_signal))])
+        self._stop_agreed = stops > 0
         mean_loss = loss_sum / (self.ranks.world_size * self.grad_accum)
         stats = {name: layer.finish_step(applied) for name, layer in moe_layers(self.model).items()}
         self.step += 1
