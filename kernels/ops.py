@@ -41,4 +41,6 @@ def expert_ffn(x_TD: Tensor, routing: Routing, w_up_EHD: Tensor, w_down_EDF: Ten
     Returns:
         (T, D) in the dtype of x. Gradients flow to x, ``routing.weights_N`` (fp32) and both weights.
     """
+    if activation not in ("swiglu", "gelu"):
+        raise ValueError(f"activation={activation!r} is unknown; use 'swiglu' or 'gelu'")
     return _EXPERT_FFN[chosen()](x_TD, routing, w_up_EHD, w_down_EDF, activation)

@@ -18,8 +18,6 @@ import torch
 from moe.train.metrics import (
     MetricsWriter,
     flatten,
-    load_fractions,
-    max_violation,
     mean_balance,
     model_flops_per_token,
     peak_flops,
@@ -151,20 +149,6 @@ def test_a_folder_that_is_not_a_run_is_named(tmp_path: Path, exists: bool) -> No
 
 
 # --- statistics
-
-
-def test_load_fractions_and_max_violation() -> None:
-    counts_E = torch.tensor([1, 2, 5, 0])
-    load_E = load_fractions(counts_E)
-    assert load_E.tolist() == pytest.approx([0.125, 0.25, 0.625, 0.0])
-    assert max_violation(load_E).item() == pytest.approx(1.5)
-    assert max_violation(counts_E).item() == pytest.approx(1.5)
-    assert max_violation(torch.full((8,), 3.0)).item() == 0
-    assert max_violation(torch.tensor([0.0, 0.0, 7.0])).item() == pytest.approx(2)
-    nothing = load_fractions(torch.zeros(4, dtype=torch.int64))
-    assert nothing.tolist() == [0, 0, 0, 0] and max_violation(nothing).item() == 0
-    many = load_fractions(torch.tensor([2**40, 2**40], dtype=torch.int64))
-    assert many.tolist() == [0.5, 0.5]
 
 
 def test_mean_balance() -> None:

@@ -48,6 +48,11 @@ def test_fingerprint_changes_with_whatever_changes_the_samples(corpus):
     assert len({base, *prints}) == 6
 
 
+def test_fingerprint_has_the_seed_even_where_it_only_orders(corpus):
+    first, second = (build_data(config_of(corpus, eval_fraction=0, seed=seed)).fingerprint for seed in (0, 1))
+    assert first != second
+
+
 def test_nothing_held_out(corpus):
     data = build_data(config_of(corpus, eval_fraction=0))
     assert data.evaluation is None and data.train.samples_per_epoch > 10

@@ -1,0 +1,1 @@
+"""What several test files share; importable as `helpers` (pytest's ``pythonpath``)."""
