@@ -183,7 +183,7 @@ class MoELayer(nn.Module):
         """(..., D) -> (..., D). The second-last dimension is the sequence where the balance loss is per sequence."""
         num_sequences = max(x.shape[:-2].numel(), 1) if x.dim() > 2 else 1
         x_TD = x.reshape(-1, self.dim)
-        routing = self.router(x_TD)
+        routing = self.router(x_TD, self.context.token_mask_T)
         num_dropped: Tensor | int = 0
         if isinstance(routing, SoftRouting):
             y_TD = self._forward_soft(x_TD, routing)
@@ -227,8 +227,14 @@ class MoELayer(nn.Module):
         keep_T = self.context.token_mask_T
         self._notice_optimizer_step()
         counts_E = self._counts(routing, keep_T)
+        balance = self.spec.balance
+        is_global = balance.aux_coef > 0 and balance.aux_scope == "global_batch"
+        global_counts_E = self._reduced(counts_E) if is_global else None
+        balance_counts_E = counts_E if global_counts_E is None else global_counts_E
+        if self._global_counts_E is not None:
+            balance_counts_E = balance_counts_E + self._global_counts_E
         aux_losses = dict(routing.aux_losses)
-        aux_losses.update(self._balance_losses(routing, counts_E, num_sequences, keep_T))
+        aux_losses.update(self._balance_losses(routing, balance_counts_E, num_sequences, keep_T))
         total = torch.zeros((), device=y_TD.device)
         for loss in aux_losses.values():
             total = total + loss.coef * loss.value
@@ -237,7 +243,6 @@ class MoELayer(nn.Module):
         scalars["aux_loss"] = total.detach()
         scalars["dropped"] = torch.as_tensor(num_dropped, dtype=torch.float32, device=y_TD.device)
         scalars["assigned"] = counts_E.sum().float()
-        global_counts_E = self._reduced(counts_E) if self.spec.balance.aux_scope == "global_batch" else None
 
         def commit() -> None:
             self.stats.add(counts_E, scalars)
@@ -257,10 +262,6 @@ class MoELayer(nn.Module):
                     routing.probs_TE, routing.expert_ids_N, routing.token_ids_N, num_sequences, keep_T
                 )
             else:
-                if balance.aux_scope == "global_batch":
-                    counts_E = self._reduced(counts_E)
-                    if self._global_counts_E is not None:
-                        counts_E = counts_E + self._global_counts_E
                 value = losses.switch_loss(routing.probs_TE, counts_E, keep_T)
             found["switch"] = AuxLoss(value=value, coef=balance.aux_coef)
         if balance.z_coef and routing.logits_TE is not None:

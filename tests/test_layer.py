@@ -140,7 +140,7 @@ class _SoftRouter(Router):
         super().__init__(dim, num_experts, config)
         self.phi = nn.Parameter(torch.randn(dim, 2 * num_experts))
 
-    def forward(self, x_TD: Tensor) -> SoftRouting:
+    def forward(self, x_TD: Tensor, keep_T: Tensor | None = None) -> SoftRouting:
         logits_TS = x_TD @ self.phi
         logits_TE = logits_TS.view(len(x_TD), self.num_experts, 2).logsumexp(-1)
         return SoftRouting(

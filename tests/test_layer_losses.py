@@ -233,7 +233,6 @@ def test_padding_counts_in_no_loss_and_no_statistic(name: str, call: Call) -> No
         assert layer.stats.sums[key].item() == pytest.approx(short.stats.sums[key].item(), rel=1e-5), key
 
 
-@pytest.mark.xfail(strict=True, reason="the noisy router does not see the mask: its own losses count padding")
 def test_padding_counts_in_no_loss_of_the_noisy_router() -> None:
     context = RoutingContext()
     layer = make_layer(D, router={"name": "noisy_topk"}, context=context)

@@ -29,8 +29,13 @@ class Router(nn.Module, ABC):
         self.dim, self.num_experts, self.config = dim, num_experts, config
 
     @abstractmethod
-    def forward(self, x_TD: Tensor) -> Routing | SoftRouting:
-        """Route ``x_TD``: (T, D), any floating dtype; decisions are taken in fp32."""
+    def forward(self, x_TD: Tensor, keep_T: Tensor | None = None) -> Routing | SoftRouting:
+        """Route tokens.
+
+        Args:
+            x_TD: (T, D), any floating dtype; decisions are taken in fp32.
+            keep_T: (T,) bool, False at padding, which is routed but counts in no loss of the router's own.
+        """
 
     @abstractmethod
     def reset_parameters(self, std: float) -> None:

@@ -21,10 +21,12 @@ def apply_capacity(routing: Routing, capacity_factor: float, priority: Literal["
         routing: before drops.
         capacity_factor: 1.0 leaves room for exactly a balanced load.
         priority: who stays. "choice": all first choices before any second choice, then token order (GShard, Switch);
-            "weight": largest weight first (batch-prioritised routing, arXiv 2106.05974 section 3).
+            without a fixed number of choices per token it is the same as "weight". "weight": largest weight first
+            (batch-prioritised routing, arXiv 2106.05974 section 3).
     """
     num_assignments, device = routing.expert_ids_N.numel(), routing.expert_ids_N.device
-    capacity = max(1, math.ceil(num_assignments / routing.num_experts * capacity_factor))
+    # The small term keeps 100 * 1.1 = 110.00000000000001 from becoming 111.
+    capacity = max(1, math.ceil(num_assignments * capacity_factor / routing.num_experts - 1e-9))
     if priority == "choice" and routing.top_k is not None:
         by_rank_N = torch.arange(num_assignments, device=device).view(-1, routing.top_k).T.reshape(-1)
     else:

@@ -40,21 +40,21 @@ def switch_loss(probs_TE: Tensor, counts_E: Tensor, keep_T: Tensor | None = None
 def sequence_loss(
     probs_TE: Tensor, expert_ids_N: Tensor, token_ids_N: Tensor, num_sequences: int, keep_T: Tensor | None = None
 ) -> Tensor:
-    """Mean over sequences of the Switch loss of each one (arXiv 2412.19437 eq. 17-20); T = num_sequences * L."""
+    """Mean over sequences of the Switch loss of each one (arXiv 2412.19437 eq. 17-20); T = num_sequences * L.
+
+    Sequences without a kept token do not count.
+    """
     num_tokens, num_experts = probs_TE.shape
     length = num_tokens // num_sequences
-    kept_T = (
-        torch.ones(num_tokens, device=probs_TE.device, dtype=probs_TE.dtype)
-        if keep_T is None
-        else keep_T.to(probs_TE.dtype)
-    )
+    kept_T = probs_TE.new_ones(num_tokens) if keep_T is None else keep_T.to(probs_TE.dtype)
     cells_N = (token_ids_N // length) * num_experts + expert_ids_N
-    counts_BE = torch.zeros(num_sequences * num_experts, device=probs_TE.device, dtype=probs_TE.dtype)
+    counts_BE = probs_TE.new_zeros(num_sequences * num_experts)
     counts_BE = counts_BE.index_add(0, cells_N, kept_T[token_ids_N]).view(num_sequences, num_experts)
     fraction_BE = counts_BE / counts_BE.sum(-1, keepdim=True).clamp_min(1)
+    kept_B = kept_T.view(num_sequences, length).sum(1)
     sums_BE = (probs_TE * kept_T[:, None]).view(num_sequences, length, num_experts).sum(1)
-    mean_BE = sums_BE / kept_T.view(num_sequences, length).sum(1, keepdim=True).clamp_min(1)
-    return num_experts * (fraction_BE * mean_BE).sum(-1).mean()
+    mean_BE = sums_BE / kept_B[:, None].clamp_min(1)
+    return num_experts * (fraction_BE * mean_BE).sum() / (kept_B > 0).sum().clamp_min(1)
 
 
 def z_loss(logits_TE: Tensor, keep_T: Tensor | None = None) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moe.routers.losses import squared_variation
+from moe.routers.losses import masked_mean, squared_variation
 from moe.routers.topk import TopKConfig, TopKRouter
 from moe.types import AuxLoss
 
@@ -54,7 +54,7 @@ class NoisyTopKRouter(TopKRouter):
         if hasattr(self, "noise_weight"):  # the base class initialises before the noise exists
             nn.init.zeros_(self.noise_weight)
 
-    def perturb(self, x_TD: Tensor, logits_TE: Tensor) -> tuple[Tensor, dict[str, AuxLoss]]:
+    def perturb(self, x_TD: Tensor, logits_TE: Tensor, keep_T: Tensor | None) -> tuple[Tensor, dict[str, AuxLoss]]:
         """Noisy logits in training, with both losses; the clean ones otherwise."""
         if not self.training:
             return logits_TE, {}
@@ -62,10 +62,12 @@ class NoisyTopKRouter(TopKRouter):
         noisy_TE = logits_TE + torch.randn_like(logits_TE) * std_TE
         top_logits_TK, top_ids_TK = noisy_TE.topk(self.config.top_k, dim=-1)
         gates_TE = torch.zeros_like(noisy_TE).scatter(1, top_ids_TK, top_logits_TK.softmax(-1))
-        load_E = _load_probabilities(logits_TE, noisy_TE, std_TE, self.config.top_k).sum(0)
+        load_TE = _load_probabilities(logits_TE, noisy_TE, std_TE, self.config.top_k)
         return noisy_TE, {
-            "importance": AuxLoss(value=squared_variation(gates_TE.sum(0)), coef=self.config.importance_coef),
-            "load": AuxLoss(value=squared_variation(load_E), coef=self.config.load_coef),
+            "importance": AuxLoss(
+                value=squared_variation(masked_mean(gates_TE, keep_T)), coef=self.config.importance_coef
+            ),
+            "load": AuxLoss(value=squared_variation(masked_mean(load_TE, keep_T)), coef=self.config.load_coef),
         }
 
 

@@ -112,14 +112,14 @@ class TopKRouter(Router):
         """K."""
         return self.config.top_k
 
-    def forward(self, x_TD: Tensor) -> Routing:
+    def forward(self, x_TD: Tensor, keep_T: Tensor | None = None) -> Routing:
         """Route every token to exactly K experts."""
         with torch.autocast(x_TD.device.type, enabled=False):
             x_TD = x_TD.float()
             if self.training and self.config.jitter:
                 x_TD = x_TD * torch.empty_like(x_TD).uniform_(1 - self.config.jitter, 1 + self.config.jitter)
             logits_TE = F.linear(x_TD, self.weight.float())
-            noisy_TE, aux_losses = self.perturb(x_TD, logits_TE)
+            noisy_TE, aux_losses = self.perturb(x_TD, logits_TE, keep_T)
             scores_TE = noisy_TE.sigmoid() if self.config.score == "sigmoid" else noisy_TE.softmax(-1)
             expert_ids_TK = self.select(scores_TE.detach() if self.config.score == "sigmoid" else noisy_TE.detach())
             weights_TK = self.weigh(noisy_TE, scores_TE, expert_ids_TK)
@@ -143,7 +143,7 @@ class TopKRouter(Router):
             aux_losses=aux_losses,
         )
 
-    def perturb(self, x_TD: Tensor, logits_TE: Tensor) -> tuple[Tensor, dict[str, AuxLoss]]:
+    def perturb(self, x_TD: Tensor, logits_TE: Tensor, keep_T: Tensor | None) -> tuple[Tensor, dict[str, AuxLoss]]:
         """Logits used for the decision, and losses of the perturbation; noisy routers override this."""
         return logits_TE, {}
 

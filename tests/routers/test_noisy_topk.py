@@ -44,9 +44,9 @@ def test_noise_in_training_only_and_of_the_right_size() -> None:
     with torch.no_grad():
         router.noise_weight.fill_(0.5)
     x_TD = torch.ones(20_000, E)
-    noisy_TE, _ = router.perturb(x_TD, router.eval()(x_TD).logits_TE)
+    noisy_TE, _ = router.perturb(x_TD, router.eval()(x_TD).logits_TE, None)
     assert torch.equal(noisy_TE, x_TD), "no noise in evaluation"
-    noisy_TE, _ = router.train().perturb(x_TD, x_TD)
+    noisy_TE, _ = router.train().perturb(x_TD, x_TD, None)
     std = F.softplus(torch.tensor(0.5 * E)).item()
     assert (noisy_TE - x_TD).mean().item() == pytest.approx(0, abs=5 * std / 20_000**0.5)
     assert (noisy_TE - x_TD).std().item() == pytest.approx(std, rel=0.02)
