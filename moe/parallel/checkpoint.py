@@ -7,7 +7,7 @@ is the run's, so they are not used.
 
     step-00000040/
         rank-0000.safetensors   weight/NAME, exp_avg/NAME, exp_avg_sq/NAME; NAME@FIRST for the experts from FIRST on;
-                                buffer/NAME; rng
+                                buffer/NAME; rng, rng_cuda
         state.json              step, data position, model config, fingerprints
         manifest.json           size and sha256 of every other file; written last
 
@@ -80,7 +80,7 @@ def save(root: Path, step: int, engine: Engine, state: dict[str, Any], keep_last
     """
     final, partial = step_dir(root, step), root / f".partial-step-{step:08d}"
     tensors = _gather_owned(engine)
-    tensors["rng"] = torch.get_rng_state()
+    tensors |= _random_states()
     state = {**state, "step": step, "optimizer_steps": num_optimizer_steps(engine), "world_size": dist.get_world_size()}
     error = None
     try:
@@ -105,6 +105,14 @@ def save(root: Path, step: int, engine: Engine, state: dict[str, Any], keep_last
                 shutil.rmtree(old, ignore_errors=True)
     dist.barrier()
     return Saved(path=final, error=error)
+
+
+def _random_states() -> dict[str, Tensor]:
+    """Of the router noise and everything else that this rank draws."""
+    states = {"rng": torch.get_rng_state()}
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        states["rng_cuda"] = torch.cuda.get_rng_state()
+    return states
 
 
 def _any_error(error: str | None) -> str | None:
@@ -258,9 +266,12 @@ class CheckpointReader:
                 rows.append(piece[low:high])
         return torch.cat(rows)
 
-    def rng(self, rank: int) -> Tensor | None:
-        """Random state of ``rank``, or ``None`` if the checkpoint had fewer ranks."""
-        return self._files[rank].get_tensor("rng") if rank < len(self._files) else None
+    def restore_random_states(self, rank: int) -> None:
+        """Set this process's random states to those of ``rank`` when the checkpoint was written."""
+        file = self._files[rank]
+        torch.set_rng_state(file.get_tensor("rng"))
+        if "rng_cuda" in file.keys() and torch.cuda.is_available():  # noqa: SIM118
+            torch.cuda.set_rng_state(file.get_tensor("rng_cuda"))
 
 
 def load(path: Path, engine: Engine) -> dict[str, Any]:
@@ -287,9 +298,8 @@ def load(path: Path, engine: Engine) -> dict[str, Any]:
     buffers = dict(engine.model.named_buffers())
     for name in reader.names("buffer"):
         buffers[name].copy_(reader.tensor("buffer", name))
-    rng = reader.rng(dist.get_rank())
-    if rng is not None and state["world_size"] == dist.get_world_size():
-        torch.set_rng_state(rng)
+    if state["world_size"] == dist.get_world_size():
+        reader.restore_random_states(dist.get_rank())
     return state
 
 

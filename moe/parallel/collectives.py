@@ -15,9 +15,9 @@ Group = dist.ProcessGroup | None
 def _exchange_rows(rows: Tensor, send_W: list[int], receive_W: list[int], group: Group) -> Tensor:
     received = rows.new_empty((sum(receive_W), *rows.shape[1:]))
     if rows.dtype == torch.bfloat16 and rows.device.type == "cpu":
-        # gloo moves bytes but does not know bfloat16 in every release that we support
+        # gloo moves bytes and knows float16, but not bfloat16 in every release that we support
         dist.all_to_all_single(
-            received.view(torch.int16), rows.contiguous().view(torch.int16), receive_W, send_W, group
+            received.view(torch.float16), rows.contiguous().view(torch.float16), receive_W, send_W, group
         )
     else:
         dist.all_to_all_single(received, rows.contiguous(), receive_W, send_W, group)
@@ -52,8 +52,9 @@ def all_to_all(rows: Tensor, send_W: list[int], receive_W: list[int], group: Gro
 
 def exchange_counts(counts_WC: Tensor, group: Group) -> Tensor:
     """Row r of ``counts_WC`` (W, C) goes to rank r; returns what the ranks had for this one, (W, C). No gradient."""
+    counts_WC = counts_WC.contiguous()
     received_WC = torch.empty_like(counts_WC)
-    dist.all_to_all_single(received_WC, counts_WC.contiguous(), group=group)
+    dist.all_to_all_single(received_WC, counts_WC, group=group)
     return received_WC
 
 

@@ -80,7 +80,7 @@ def init_ranks(device_type: str, timeout_seconds: float) -> Ranks:
     quiet_deepspeed()
     # Its shared-memory all-reduce serves inference only, yet is compiled at start, which takes a while and needs a compiler.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    backend = "gloo" if device_type == "cpu" else "cpu:gloo,cuda:nccl"
+    backend = "gloo" if device_type == "cpu" else "nccl"
     deepspeed.init_distributed(
         backend, auto_mpi_discovery=False, verbose=False, timeout=timedelta(seconds=timeout_seconds)
     )
