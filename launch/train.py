@@ -5,13 +5,16 @@ srun, or `moe train`. Without them it is a run of one process.
 """
 
 import argparse
-import json
 import os
 import sys
+from typing import TYPE_CHECKING
 
 from moe.launch.env import choose_device, end_with_launcher, free_port
 from moe.train.config import RunConfig, load_config
-from moe.train.run_folder import SUMMARY_FILE, check_run_dir
+from moe.train.run_folder import check_run_dir
+
+if TYPE_CHECKING:
+    from moe.parallel.ranks import Ranks
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -38,36 +41,41 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def train(config: RunConfig, resume: bool) -> int:
-    """Run the trainer on this rank, then write summary, model folder and report on rank 0."""
+    """Join the other ranks and train; returns the exit status."""
     from moe.parallel.ranks import init_ranks, leave
 
     # torchrun says LOCAL_WORLD_SIZE, the deepspeed launcher LOCAL_SIZE
     local_processes = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
     device_type = choose_device(config.parallel, local_processes)
     ranks = init_ranks(device_type, config.parallel.timeout_seconds)
+    try:
+        return run(config, ranks, resume)
+    finally:
+        leave()
+
+
+def run(config: RunConfig, ranks: "Ranks", resume: bool) -> int:
+    """Run the trainer on this rank, then write summary, model folder and report on rank 0; returns the exit status."""
     from moe.train.finish import finish_run
     from moe.train.trainer import Trainer, TrainingError
 
+    problem = None
+    if ranks.is_main:
+        try:
+            check_run_dir(config.run_dir, resume)
+        except ValueError as found:
+            problem = str(found)
+    if problem := ranks.gather(problem)[0]:
+        raise ValueError(problem)
     try:
-        problem = None
-        if ranks.is_main:
-            try:
-                check_run_dir(config.run_dir, resume)
-            except ValueError as found:
-                problem = str(found)
-        if problem := ranks.gather(problem)[0]:
-            raise ValueError(problem)
         trainer = Trainer(config, ranks, resume)
         outcome = trainer.fit()
-        if ranks.is_main:
-            summary = finish_run(config, outcome, trainer.data.tokenizer)
-            (config.run_dir / SUMMARY_FILE).write_text(json.dumps(summary, indent=1), encoding="utf-8")
     except TrainingError as problem_found:
         if ranks.is_main:
             print(f"error: {problem_found}", file=sys.stderr)
         return 3
-    finally:
-        leave()
+    if ranks.is_main:
+        finish_run(config, outcome, trainer.data.tokenizer)
     return 0
 
 
