@@ -9,16 +9,17 @@ STAMP := $(VENV)/.installed
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
 
-setup: $(STAMP) ## Create .venv and install the package with its tools
+setup: $(STAMP) ## Create .venv and install the package with its tools (a few minutes the first time)
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed: make setup PYTHON=python3.12")'
+	@echo "installing into $(VENV) ..."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --disable-pip-version-check -q -c constraints.txt -e '.[dev]'
 	@touch $(STAMP)
 
 train: $(STAMP) ## Train the default recipe: 2 processes, expert parallel 2, ZeRO-1 (about 3 minutes on 2 cores)
-	$(BIN)/moe train configs/tiny.yaml
+	$(BIN)/moe train configs/tiny.yaml name=tiny-$$(date +%Y%m%d-%H%M%S)
 
 test: $(STAMP) ## Run the test suite
 	$(BIN)/python -m pytest -m "not slow"
