@@ -28,15 +28,7 @@ def run_local(arguments: list[str], processes: int, module: str = "moe.launch.tr
         LAUNCHER_VARIABLE: str(os.getpid()),
     }
     command = [sys.executable, "-m", module, *arguments]
-    workers = [
-        subprocess.Popen(
-            command,
-            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=sys.stderr.fileno(),
-            start_new_session=True,  # so that Ctrl-C comes once, from here
-        )
-        for rank in range(processes)
-    ]
+    workers: list[subprocess.Popen[bytes]] = []
 
     def forward(number: int, frame: FrameType | None) -> None:
         for worker in workers:
@@ -45,6 +37,14 @@ def run_local(arguments: list[str], processes: int, module: str = "moe.launch.tr
 
     previous = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
+        for rank in range(processes):
+            worker = subprocess.Popen(
+                command,
+                env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stdout=sys.stderr.fileno(),
+                start_new_session=True,  # so that Ctrl-C comes once, from here
+            )
+            workers.append(worker)
         return _wait(workers)
     finally:
         for number, handler in previous.items():

@@ -10,8 +10,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 def sample_text(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, num_tokens: int, temperature: float = 0.0
 ) -> str:
-    """The prompt with ``num_tokens`` more tokens; greedy at temperature 0."""
+    """The prompt with up to ``num_tokens`` more tokens, until the end of text; greedy at temperature 0.
+
+    Raises:
+        ValueError: the prompt has no tokens.
+    """
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
+    if inputs["input_ids"].numel() == 0:
+        raise ValueError(f"prompt={prompt!r} has no tokens; give some text")
     options: dict[str, Any] = {"do_sample": temperature > 0}
     if temperature > 0:
         options["temperature"] = temperature

@@ -6,24 +6,35 @@ rotary embeddings, caches and generation are transformers' code. Only ``layers.N
 Legend: B batch, L sequence, V vocabulary, T = B * L.
 """
 
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.initialization import guard_torch_init_functions
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils.generic import can_return_tuple
 
 from moe.layer import MoELayer, moe_layers
 from moe.models.config import MoEConfig
 from moe.observe import RoutingContext, record_loss_scale
+
+# Config fields by which some decoders change the logits after `lm_head`, with the values that do nothing; ours never does.
+LOGIT_CHANGES = {
+    "final_logit_softcapping": None,  # Gemma
+    "logits_soft_cap": None,  # RecurrentGemma
+    "logit_scale": 1,  # Cohere
+    "logits_scaling": 1,  # Granite
+    "lm_head_multiplier": 1,  # Falcon-H1
+}
 
 
 class MoEForCausalLM(PreTrainedModel, GenerationMixin):
     """A causal language model with MoE layers; `from_pretrained`, `generate`, PEFT and `Trainer` work as with any other.
 
     The returned loss is the cross-entropy alone. Balance losses act on the gradients (see `moe.observe`) with the same
-    scale as the loss, whatever the trainer multiplies it by; ``layer.stats`` has their values.
+    scale as the loss, whatever the trainer multiplies it by; ``layer.stats`` has their values. A loss computed outside
+    from the logits has to pass through ``moe.observe.record_loss_scale(loss, model.routing_context)`` for that.
     """
 
     config_class = MoEConfig
@@ -35,6 +46,7 @@ class MoEForCausalLM(PreTrainedModel, GenerationMixin):
     _supports_attention_backend = True
     _skip_keys_device_placement = ["past_key_values"]
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _keep_in_fp32_modules_strict = ["bias_E"]  # its steps of 1e-3 vanish in bf16
 
     def __init__(self, config: MoEConfig) -> None:
         super().__init__(config)
@@ -43,13 +55,24 @@ class MoEForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError(
                 f"text_config.model_type={text_config.model_type!r} is not a causal decoder of transformers"
             )
+        for name, neutral in LOGIT_CHANGES.items():
+            if getattr(text_config, name, neutral) != neutral:
+                raise ValueError(
+                    f"text_config.{name}={getattr(text_config, name)} of model_type={text_config.model_type!r} changes "
+                    f"the logits, which is not supported; set it to {'null' if neutral is None else neutral}"
+                )
         decoder_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(text_config)]
         dense = decoder_class(text_config)
         layers = getattr(getattr(dense, "model", None), "layers", None)
-        if layers is None or not all(hasattr(layer, "mlp") for layer in layers):
+        if layers is None or not hasattr(dense, "lm_head") or not all(hasattr(layer, "mlp") for layer in layers):
             raise ValueError(
                 f"text_config.model_type={text_config.model_type!r} keeps its FFNs elsewhere than model.layers[i].mlp; "
                 "use a Llama-, Mistral- or Qwen-like decoder"
+            )
+        if not any(spec.is_moe_layer(index) for index in range(len(layers))):
+            raise ValueError(
+                f"moe.first_dense_layers={spec.first_dense_layers} and moe.every={spec.every} leave none of the "
+                f"{len(layers)} layers to be an MoE; lower them"
             )
         self.routing_context = RoutingContext()
         for index, layer in enumerate(layers):
@@ -69,10 +92,31 @@ class MoEForCausalLM(PreTrainedModel, GenerationMixin):
         for layer in moe_layers(self).values():
             layer.reset_parameters(std)
 
+    def train(self, mode: bool = True) -> Self:
+        """As any module; evaluation sees the selection bias after the last optimizer step."""
+        if not mode:
+            self._finish_noticed_step()
+        return super().train(mode)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """As any module; what is saved after an optimizer step has that step's selection bias."""
+        self._finish_noticed_step()
+        return super().state_dict(*args, **kwargs)
+
+    def _finish_noticed_step(self) -> None:
+        """Close the optimizer step that layers otherwise notice in the next micro-batch only.
+
+        Where counts are reduced over ranks a training loop does it: one rank alone may save or evaluate here.
+        """
+        for layer in moe_layers(self).values():
+            if layer.stats.num_micro_batches and layer.reduce_counts is None:
+                layer._notice_optimizer_step()
+
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
+        attention_mask: Any = None,
         position_ids: Tensor | None = None,
         past_key_values: Any = None,
         inputs_embeds: Tensor | None = None,
@@ -83,8 +127,15 @@ class MoEForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> CausalLMOutputWithPast:
         """As transformers' decoders: logits (B, L, V), and the loss when ``labels`` (B, L) are given."""
         tokens = input_ids if input_ids is not None else inputs_embeds
-        padded = attention_mask is not None and tokens is not None and attention_mask.shape == tokens.shape[:2]
-        self.routing_context.token_mask_T = attention_mask.reshape(-1).bool() if padded else None  # type: ignore[union-attr]
+        if self.training:  # before any routing: a checkpointed layer that is run again must find the same bias
+            self._finish_noticed_step()
+        mask_T = None
+        # Else the mask covers cached tokens too, or is one made for the attention (4-D, or a dict by kind of layer).
+        if isinstance(attention_mask, Tensor) and tokens is not None and attention_mask.shape == tokens.shape[:2]:
+            mask_T = attention_mask.reshape(-1).bool()
+        self.routing_context.token_mask_T = mask_T
+        if use_cache is None:  # the decoder would look in its own config only
+            use_cache = getattr(self.config, "use_cache", None)
         num_items = kwargs.pop("num_items_in_batch", None)
         shift_labels = kwargs.pop("shift_labels", None)
         outputs = self.model(
@@ -125,7 +176,7 @@ class MoEForCausalLM(PreTrainedModel, GenerationMixin):
         )
         share: Tensor | float = 1.0
         if num_items is not None:  # the loss is a part of the step's mean, so auxiliary losses must be too
-            share = (shift_labels != -100).sum() / torch.as_tensor(num_items, device=loss.device)
+            share = (shift_labels != -100).sum().to(loss.device) / torch.as_tensor(num_items, device=loss.device)
         return record_loss_scale(loss, self.routing_context, share)
 
 

@@ -2,13 +2,15 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, get_type_hints
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
 from moe.errors import nearest
 from moe.layer import MoESpec
+from moe.routers import ROUTERS
+from moe.routers.balance import BalanceConfig
 from moe.train.data import DataConfig
 
 
@@ -30,6 +32,7 @@ class ModelConfig(_Section):
     @field_validator("decoder")
     @classmethod
     def _known_fields(cls, decoder: dict[str, Any]) -> dict[str, Any]:
+        from huggingface_hub.errors import StrictDataclassError
         from transformers import CONFIG_MAPPING
 
         model_type = str(decoder.get("model_type"))
@@ -41,6 +44,11 @@ class ModelConfig(_Section):
         for key in decoder:
             if key not in known:
                 raise ValueError(f"model.decoder.{key} is not a field of {model_type}; {nearest(key, known)}")
+        try:
+            CONFIG_MAPPING[model_type](**{key: value for key, value in decoder.items() if key != "model_type"})
+        except StrictDataclassError as problem:
+            _, _, reason = str(problem).splitlines()[-1].partition(": ")  # after the exception's name
+            raise ValueError(f"model.decoder: {reason}") from None
         return decoder
 
 
@@ -79,7 +87,7 @@ class TrainConfig(_Section):
 class ParallelConfig(_Section):
     """Processes and how the model is spread over them."""
 
-    processes: int | Literal["auto"] = Field(
+    processes: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         default="auto", description="processes that `moe train` starts on this machine; auto: one per GPU, else one"
     )
     device: Literal["auto", "cpu", "cuda"] = Field(
@@ -122,7 +130,7 @@ class RunConfig(_Section):
     @field_validator("moe")
     @classmethod
     def _checked_moe(cls, moe: dict[str, Any] | None) -> dict[str, Any] | None:
-        return None if moe is None else MoESpec.from_dict(moe).to_dict()
+        return None if moe is None else MoESpec.from_dict(_typed_moe(moe)).to_dict()
 
     @model_validator(mode="after")
     def _consistent(self) -> "RunConfig":
@@ -199,17 +207,49 @@ def _apply(values: dict[str, Any], override: str) -> None:
         if not isinstance(child, dict):
             raise ValueError(f"override {override!r}: {parent!r} is a value, not a section")
         node = child
-    node[last] = yaml.safe_load(text)
+    try:
+        node[last] = yaml.safe_load(text)
+    except yaml.YAMLError as problem:
+        raise ValueError(f"override {override!r}: {text!r} is not YAML: {problem}") from problem
+
+
+def _typed_moe(moe: dict[str, Any]) -> dict[str, Any]:
+    for key in ("router", "balance"):
+        if not isinstance(moe.get(key, {}), dict):
+            raise ValueError(f"moe.{key}={moe[key]!r} must be a mapping of options")
+    owners: dict[str, type] = {"balance": BalanceConfig}
+    if router := ROUTERS.get(str(moe.get("router", {}).get("name", "topk"))):  # else `MoESpec` says what there is
+        owners["router"] = router.Config
+    nested = {key: _typed(f"moe.{key}", owner, moe[key]) for key, owner in owners.items() if key in moe}
+    plain = {key: value for key, value in moe.items() if key not in ("router", "balance")}
+    return moe | _typed("moe", MoESpec, plain) | nested
+
+
+def _typed(path: str, owner: type, values: dict[str, Any]) -> dict[str, Any]:
+    """Values as a dataclass declares them, converted as in the sections: to YAML, 1e-3 is a text. Unknown keys stay."""
+    types, typed = get_type_hints(owner), dict(values)
+    for key in values.keys() & types.keys():
+        try:
+            typed[key] = TypeAdapter(types[key]).validate_python(values[key])
+        except ValidationError as problem:
+            raise ValueError(f"config key {path}.{key}={values[key]!r}: {problem.errors()[0]['msg']}") from None
+    return typed
 
 
 def _explain(error: Any) -> str:
-    location = [str(part) for part in error["loc"]]
+    location: list[str] = []
+    section: Any = RunConfig
+    for part in error["loc"]:
+        inside = isinstance(section, type) and issubclass(section, BaseModel)
+        if inside or isinstance(part, int):  # what else follows a field names a branch of its union
+            location.append(str(part))
+        section = section.model_fields[part].annotation if inside and part in section.model_fields else None
     key = ".".join(location)
     if error["type"] == "extra_forbidden":
-        section: Any = RunConfig
+        owner: Any = RunConfig
         for part in location[:-1]:
-            section = section.model_fields[part].annotation
-        return f"config key {key} is unknown; {nearest(location[-1], section.model_fields)}"
+            owner = owner.model_fields[part].annotation
+        return f"config key {key} is unknown; {nearest(location[-1], owner.model_fields)}"
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "value_error":
         return message

@@ -65,6 +65,28 @@ def export_model(checkpoint: Path, out: Path, dtype: torch.dtype) -> PreTrainedM
     return model
 
 
+def model_difference(saved: dict[str, Any], ours: dict[str, Any]) -> str | None:
+    """First setting in which the model config of a checkpoint differs from this run's; None where they are one model.
+
+    Balance losses are no part of the model: a run may go on with others.
+    """
+    found, expected = (_flat(AutoConfig.for_model(**values).to_dict()) for values in (saved, ours))
+    for key in sorted(found.keys() | expected.keys()):
+        if found.get(key) != expected.get(key) and not key.startswith("moe.balance."):
+            return f"{key} is {found.get(key)!r} there and {expected.get(key)!r} here"
+    return None
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        elif key not in ("use_cache", "dtype", "transformers_version", "_name_or_path"):  # not what is computed
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
 def parameter_counts(model: nn.Module) -> dict[str, int]:
     """Sizes: "total_params"; "active_params", those a token is multiplied with or looks up; "matmul_params", without lookups."""
     total = sum(parameter.numel() for parameter in model.parameters())

@@ -23,10 +23,13 @@ from moe.train.config import RunConfig
 from moe.train.data import Batch, BatchLoader, DataBundle, build_data, eval_batches
 from moe.train.layer_metrics import layer_records
 from moe.train.metrics import MetricsWriter, mean_balance, model_flops_per_token, peak_flops
-from moe.train.model import build_config, build_model, parameter_counts
+from moe.train.model import build_config, build_model, model_difference, parameter_counts
 from moe.train.optim import learning_rate, param_groups
 from moe.train.progress import TrainProgress
 from moe.train.run_folder import CHECKPOINTS_DIR, device_name, write_run_files
+
+# Slurm and systemd signal every process of a job, and then the launcher passes its own signal on: one request, not two.
+SAME_REQUEST_SECONDS = 5.0
 
 
 class TrainingError(RuntimeError):
@@ -82,7 +85,7 @@ class Trainer:
         )
         self.model = model
         self.step = self.tokens = self.skipped = self._nonfinite_in_a_row = 0
-        self._stop_signal = 0
+        self._stop_asked: float | None = None
         self._stop_agreed = False
         self._checkpoint: Path | None = None
         torch.manual_seed(config.seed * ranks.world_size + ranks.rank)  # router noise differs between ranks
@@ -112,6 +115,11 @@ class Trainer:
         if path is None:
             self._notes.append("no valid checkpoint to resume from: starting at step 0")
             return
+        if difference := model_difference(checkpoint.read_state(path)["model_config"], self.model_config):
+            raise ValueError(
+                f"{path} is a checkpoint of another model: {difference}; resume with the config that wrote it, or start "
+                "a new run with another name=..."
+            )
         state = checkpoint.load(path, self.engine)
         if state["data_fingerprint"] != self.data.fingerprint:
             raise ValueError(
@@ -136,7 +144,8 @@ class Trainer:
                     self._train_step()
                     if config.train.eval_every and self.step % config.train.eval_every == 0:
                         last_eval = self.evaluate()
-                    if config.train.checkpoint_every and self.step % config.train.checkpoint_every == 0:
+                    due = config.train.checkpoint_every and self.step % config.train.checkpoint_every == 0
+                    if due and not self._nonfinite_in_a_row:  # the older ones may be what the run must go back to
                         self.save()
                 finished = self.step >= config.train.steps
                 if self._checkpoint != checkpoint.step_dir(self.run_dir / CHECKPOINTS_DIR, self.step):
@@ -181,9 +190,11 @@ class Trainer:
         )
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self._stop_signal:  # asked twice: give up at once
+        now = time.monotonic()
+        if self._stop_asked is None:
+            self._stop_asked = now
+        elif now - self._stop_asked > SAME_REQUEST_SECONDS:  # asked twice: give up at once
             raise KeyboardInterrupt
-        self._stop_signal = number
 
     def _tokens_per_step(self) -> int:
         return self.config.train.batch_size * self.config.data.seq_len
@@ -204,7 +215,7 @@ class Trainer:
             applied = self.engine.step()
             loss += micro_loss.detach()
         # A signal may reach ranks at different steps; they stop together, so that none waits for another.
-        loss_sum, stops = self.ranks.sum([loss.item(), float(bool(self._stop_signal))])
+        loss_sum, stops = self.ranks.sum([loss.item(), float(self._stop_asked is not None)])
         self._stop_agreed = stops > 0
         mean_loss = loss_sum / (self.ranks.world_size * self.grad_accum)
         stats = {name: layer.finish_step(applied) for name, layer in moe_layers(self.model).items()}

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.process import BaseProcess
@@ -93,6 +94,7 @@ def _read(path: Path) -> str:
 def _rank_main(root: Path, call: bytes, rank: int, world_size: int, timeout: float) -> None:
     faulthandler.register(signal.SIGUSR1, file=(root / f"stack-{rank}").open("w"), all_threads=False)
     os.environ |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    warnings.simplefilter("ignore", FutureWarning)  # DeepSpeed's calls of torch, once per call site and process
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
     try:
         result = _in_group(root, call, rank, world_size, timeout)
@@ -120,12 +122,9 @@ def _in_group(root: Path, call: bytes, rank: int, world_size: int, timeout: floa
     )
     fn, args = pickle.loads(call)  # imports the module of fn, and what it needs
     if "deepspeed" in sys.modules:
-        import deepspeed
+        from moe.parallel.ranks import init_ranks
 
-        from moe.parallel.ranks import quiet_deepspeed
-
-        quiet_deepspeed()
-        deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)  # takes the group that exists
+        init_ranks("cpu", timeout)  # takes the group that exists
     torch.manual_seed(0)
     result = fn(rank, world_size, *args)
     dist.barrier()

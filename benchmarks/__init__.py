@@ -1,0 +1,1 @@
+"""Benchmarks: each is one entry of `benchmarks.registry.BENCHMARKS`; `benchmarks/run.py` runs them. Not installed."""
