@@ -94,6 +94,10 @@ def _load(model: str, device: str) -> tuple[Any, Any]:
     except OSError as problem:
         raise ValueError(f"model {model!r} cannot be loaded: {problem}") from None
     chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    if chosen not in ("cpu", "cuda") or (chosen == "cuda" and not torch.cuda.is_available()):
+        raise ValueError(
+            f"--device {device!r} is not here; use cpu{', cuda' if torch.cuda.is_available() else ''} or auto"
+        )
     return loaded.to(chosen).eval(), tokenizer
 
 
@@ -122,6 +126,9 @@ def evaluate(
     if not text.is_file():
         raise ValueError(f"--text {str(text)!r} is not a file")
     loaded, tokenizer = _load(model, device)
+    longest = getattr(loaded.config.get_text_config(), "max_position_embeddings", window)
+    if window > longest:
+        raise ValueError(f"--window {window} is longer than the model's {longest} positions; lower it")
     ids = tokenizer(text.read_text(encoding="utf-8", errors="replace"), add_special_tokens=False)["input_ids"]
     windows = cut_windows(ids, window, max_windows)
     with Progress(console=Console(file=sys.stderr), transient=True) as bar:

@@ -183,6 +183,8 @@ class MoELayer(nn.Module):
         """(..., D) -> (..., D). The second-last dimension is the sequence where the balance loss is per sequence."""
         num_sequences = max(x.shape[:-2].numel(), 1) if x.dim() > 2 else 1
         x_TD = x.reshape(-1, self.dim)
+        if self.training:  # before routing: a checkpointed forward that runs again must find the same selection bias
+            self.notice_optimizer_step()
         routing = self.router(x_TD, self.context.token_mask_T)
         num_dropped: Tensor | int = 0
         if isinstance(routing, SoftRouting):
@@ -225,7 +227,6 @@ class MoELayer(nn.Module):
         self, y_TD: Tensor, routing: Routing | SoftRouting, num_sequences: int, num_dropped: Tensor | int
     ) -> Tensor:
         keep_T = self.context.token_mask_T
-        self._notice_optimizer_step()
         counts_E = self._counts(routing, keep_T)
         balance = self.spec.balance
         is_global = balance.aux_coef > 0 and balance.aux_scope == "global_batch"
@@ -288,7 +289,7 @@ class MoELayer(nn.Module):
             found["logit_norm"] = losses.masked_mean(routing.logits_TE.norm(dim=-1), keep_T)
         return found
 
-    def _notice_optimizer_step(self) -> None:
+    def notice_optimizer_step(self) -> None:
         """Finish the step by itself where no training loop calls `finish_step`, as under HF `Trainer`.
 
         Steps of `torch.optim` are counted; other optimizers show in the version counters of the router's weights.

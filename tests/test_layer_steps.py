@@ -70,6 +70,24 @@ def test_an_optimizer_step_is_noticed_without_a_training_loop(mode: str) -> None
     assert torch.equal(layer.router.bias_E, expected_bias(counts_E)), "moved once"
 
 
+def test_a_checkpointed_forward_routes_twice_alike_after_a_step() -> None:
+    """The bias moves before the first forward of a step, not between it and its recomputation."""
+    gradients = []
+    for checkpointed in (False, True):
+        torch.manual_seed(0)
+        layer = biased_layer()
+        optimizer = torch.optim.SGD(layer.parameters(), lr=1e-3)
+        for _ in range(2):
+            optimizer.zero_grad()
+            x_TD = batch()
+            y_TD = checkpoint(layer, x_TD, use_reentrant=False) if checkpointed else layer(x_TD)
+            y_TD.square().sum().backward()
+            optimizer.step()
+        gradients.append({name: parameter.grad.clone() for name, parameter in layer.named_parameters()})
+    for name, gradient in gradients[0].items():
+        assert torch.equal(gradients[1][name], gradient), name
+
+
 @pytest.mark.parametrize("options", [{"foreach": False}, {"foreach": True}, {"fused": True}], ids=str)
 def test_every_kind_of_optimizer_is_noticed(options: dict) -> None:
     layer = biased_layer()

@@ -110,7 +110,7 @@ class MoEForCausalLM(PreTrainedModel, GenerationMixin):
         """
         for layer in moe_layers(self).values():
             if layer.stats.num_micro_batches and layer.reduce_counts is None:
-                layer._notice_optimizer_step()
+                layer.notice_optimizer_step()
 
     @can_return_tuple
     def forward(
@@ -127,8 +127,6 @@ class MoEForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> CausalLMOutputWithPast:
         """As transformers' decoders: logits (B, L, V), and the loss when ``labels`` (B, L) are given."""
         tokens = input_ids if input_ids is not None else inputs_embeds
-        if self.training:  # before any routing: a checkpointed layer that is run again must find the same bias
-            self._finish_noticed_step()
         mask_T = None
         # Else the mask covers cached tokens too, or is one made for the attention (4-D, or a dict by kind of layer).
         if isinstance(attention_mask, Tensor) and tokens is not None and attention_mask.shape == tokens.shape[:2]:

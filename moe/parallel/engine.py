@@ -120,6 +120,8 @@ class Engine:
             optimizer=optimizer_class(param_groups, **optimizer_options),
             config={**config, "zero_allow_untested_optimizer": True},
         )
+        if hasattr(self.optimizer, "fp32_groups"):
+            _undo_first_step(self.optimizer)
         if self.zero_stage > 0:
             # A non-finite gradient then skips the step on all ranks; by default only fp16 is checked.
             self.optimizer.check_grad_overflow = True
@@ -167,6 +169,13 @@ class Engine:
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Parameters of the model by name; of an expert-parallel layer, this rank's experts."""
         yield from self.model.named_parameters()
+
+
+def _undo_first_step(optimizer: Any) -> None:
+    """DeepSpeed's optimizer for bf16 at ZeRO 0 makes its states by a step without gradients; it counts, and decays weights."""
+    optimizer.optimizer.state.clear()
+    for low, full in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
+        torch._foreach_copy_([master.data for master in full], [weight.data for weight in low])
 
 
 def _sum_of_squares(tensors: list[Tensor]) -> Tensor:
