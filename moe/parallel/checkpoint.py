@@ -79,6 +79,10 @@ def save(root: Path, step: int, engine: Engine, state: dict[str, Any], keep_last
         keep_last: how many checkpoints stay, this one included.
     """
     final, partial = step_dir(root, step), root / f".partial-step-{step:08d}"
+    if dist.get_rank() == 0:  # files of ranks that a killed run had and this one has not must not get in
+        for left in root.glob(".partial-step-*"):
+            shutil.rmtree(left, ignore_errors=True)
+    dist.barrier()
     tensors = _gather_owned(engine)
     tensors |= _random_states()
     state = {**state, "step": step, "optimizer_steps": num_optimizer_steps(engine), "world_size": dist.get_world_size()}
@@ -199,15 +203,16 @@ def verify(path: Path) -> None:
     """
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as problem:
+        files = {name: (entry["size"], entry["sha256"]) for name, entry in manifest.items()}
+    except (OSError, ValueError, AttributeError, KeyError, TypeError) as problem:  # absent, garbled, or of another kind
         raise CheckpointError(f"{path / MANIFEST} cannot be read: {problem}") from problem
-    for name, expected in manifest.items():
+    for name, (size, sha256) in files.items():
         file = path / name
         if not file.is_file():
             raise CheckpointError(f"{file} is missing")
-        if file.stat().st_size != expected["size"]:
-            raise CheckpointError(f"{file} is truncated: {file.stat().st_size} bytes instead of {expected['size']}")
-        if _sha256(file) != expected["sha256"]:
+        if file.stat().st_size != size:
+            raise CheckpointError(f"{file} is truncated: {file.stat().st_size} bytes instead of {size}")
+        if _sha256(file) != sha256:
             raise CheckpointError(f"{file} is corrupted: its sha256 is not the one in {MANIFEST}")
 
 
