@@ -105,8 +105,11 @@ def save(root: Path, step: int, engine: Engine, state: dict[str, Any], keep_last
     if dist.get_rank() == 0:
         shutil.rmtree(partial, ignore_errors=True)
         if error is None:
-            for old in list_checkpoints(root)[:-keep_last]:
-                shutil.rmtree(old, ignore_errors=True)
+            found = list_checkpoints(root)
+            place = found.index(final) + 1
+            # Newer ones are damaged, or the run would have gone on from them; kept, they would push good ones out.
+            for stale in found[place:] + found[: max(place - keep_last, 0)]:
+                shutil.rmtree(stale, ignore_errors=True)
     dist.barrier()
     return Saved(path=final, error=error)
 

@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -92,7 +93,9 @@ def init_ranks(device_type: str, timeout_seconds: float) -> Ranks:
 
 
 def quiet_deepspeed() -> None:
-    """DeepSpeed logs to stdout, which belongs to our own output: warnings only, and on stderr."""
+    """DeepSpeed logs to stdout, which belongs to our own output: errors only, and on stderr."""
+    # It calls functions that newer torch announces to rename; nothing a user could do about it.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\..*")
     for name in ("DeepSpeed", "deepspeed"):
         logger = logging.getLogger(name)
         logger.setLevel(logging.ERROR)
