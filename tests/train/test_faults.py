@@ -417,10 +417,6 @@ def flip_last_bit(file: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(
-    strict=True,
-    reason="checkpoint.save keeps spoilt checkpoints of later steps and deletes the one it has just written",
-)
 def test_with_no_valid_checkpoint_left_the_run_starts_over_and_says_so(reference: Run, tmp_path: Path) -> None:
     recipe = recipe_like(reference, tmp_path)
     run_dir = tmp_path / "runs" / "run"
