@@ -16,7 +16,7 @@ from moe.train.config import RunConfig, load_config
 
 RECIPES = ("tiny", "tiny-dense")
 SEEDS = (0, 1, 2)
-SHOWN = ("eval_loss", "perplexity", "steps", "tokens", "active_params", "total_params", "seconds", "tokens_per_second")
+SHOWN = ("eval_loss", "perplexity", "steps", "tokens", "active_params", "total_params")
 
 
 def _config(recipe: str) -> RunConfig:
