@@ -53,7 +53,10 @@ def run(options: Options) -> list[Row]:
     means: list[Row] = []
     for recipe in RECIPES:
         own = [row for row in rows if row["recipe"] == recipe]
-        mean: Row = {key: round(statistics.mean(float(row[key] or 0) for row in own), 4) for key in SHOWN}
+        mean: Row = {key: own[0][key] for key in SHOWN}
+        mean |= {
+            key: round(statistics.mean(float(row[key] or 0) for row in own), 4) for key in ("eval_loss", "perplexity")
+        }
         means.append({"part": "mean", "recipe": recipe, **mean, "spread": round(statistics.stdev(losses[recipe]), 4)})
     gaps = [moe - dense for moe, dense in zip(*losses.values(), strict=True)]
     gap: Row = {"eval_loss": round(statistics.mean(gaps), 4), "spread": round(statistics.stdev(gaps), 4)}
@@ -74,7 +77,6 @@ BENCHMARK = Benchmark(
         "tokens",
         "active_params",
         "total_params",
-        "seconds",
     ),
     gate=gate,
     run=run,

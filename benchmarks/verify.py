@@ -9,7 +9,7 @@ from benchmarks.spec import Benchmark, Check, Options
 
 # RMS of the difference over the RMS of the expected tensor. Both sides round in their own dtype and order, so two correct
 # bf16 results are about three roundings (3 x 2^-9) apart; the router's gradient is a difference of such numbers.
-TOLERANCES = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
+TOLERANCES = {torch.float32: 5e-6, torch.bfloat16: 2e-2}
 
 
 class RedGate(Exception):

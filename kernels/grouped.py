@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from moe.kernels.expert_threads import for_each_expert
 from moe.types import Routing
 
 
@@ -137,16 +138,18 @@ class _GroupedFFN(torch.autograd.Function):
         ctx: Any, x_TD: Tensor, weights_N: Tensor, w_up_EHD: Tensor, w_down_EDF: Tensor, order: ExpertOrder, act: str
     ) -> Tensor:
         num_rows, dim, width = order.order_N.numel(), x_TD.shape[1], w_down_EDF.shape[2]
-        most = max((stop - start for _, start, stop in order.blocks), default=0)
         h_NH = x_TD.new_empty(num_rows, w_up_EHD.shape[1])
         y_ND = _scratch.take("rows", x_TD, num_rows, dim)
-        x_rD, a_rF = _scratch.take("x", x_TD, most, dim), _scratch.take("a", x_TD, most, width)
-        for expert, start, stop in order.blocks:
+
+        def run_expert(expert: int, start: int, stop: int) -> None:
             rows = stop - start
-            torch.index_select(x_TD, 0, order.token_ids_N[start:stop], out=x_rD[:rows])
-            torch.mm(x_rD[:rows], w_up_EHD[expert].T, out=h_NH[start:stop])
-            _activate_into(a_rF[:rows], h_NH[start:stop], act)
-            torch.mm(a_rF[:rows], w_down_EDF[expert].T, out=y_ND[start:stop])
+            x_rD, a_rF = _scratch.take("x", x_TD, rows, dim), _scratch.take("a", x_TD, rows, width)
+            torch.index_select(x_TD, 0, order.token_ids_N[start:stop], out=x_rD)
+            torch.mm(x_rD, w_up_EHD[expert].T, out=h_NH[start:stop])
+            _activate_into(a_rF, h_NH[start:stop], act)
+            torch.mm(a_rF, w_down_EDF[expert].T, out=y_ND[start:stop])
+
+        for_each_expert(order.blocks, x_TD.device, run_expert)
         # Bags list assignments token by token, so their weights need the same order as `bags_N`.
         sorted_weights_N = weights_N.detach()[order.order_N]
         ctx.save_for_backward(x_TD, h_NH, sorted_weights_N, w_up_EHD, w_down_EDF)
@@ -161,29 +164,31 @@ class _GroupedFFN(torch.autograd.Function):
         needs_x, _, needs_up, needs_down = ctx.needs_input_grad[:4]
         (num_rows, height), dim, width = h_NH.shape, x_TD.shape[1], w_down_EDF.shape[2]
         dy_TD = dy_TD.contiguous()
-        most = max((stop - start for _, start, stop in order.blocks), default=0)
         dx_ND = _scratch.take("rows", x_TD, num_rows, dim)
-        x_rD, dy_rD = _scratch.take("x", x_TD, most, dim), _scratch.take("dy", x_TD, most, dim)
-        a_rF, da_rF, tmp_rF = (_scratch.take(name, x_TD, most, width) for name in ("a", "da", "tmp"))
-        dh_rH = _scratch.take("dh", x_TD, most, height)
         dweights_N = torch.empty(num_rows, device=x_TD.device, dtype=torch.float32)
         dw_up_EHD = torch.empty_like(w_up_EHD) if needs_up else None
         dw_down_EDF = torch.empty_like(w_down_EDF) if needs_down else None
         compute_weights_N1 = weights_N.to(x_TD.dtype)[:, None]
-        for expert, start, stop in order.blocks:
-            r, token_ids_r = stop - start, order.token_ids_N[start:stop]
-            torch.index_select(dy_TD, 0, token_ids_r, out=dy_rD[:r])
-            torch.mm(dy_rD[:r], w_down_EDF[expert], out=da_rF[:r])
+
+        def run_expert(expert: int, start: int, stop: int) -> None:
+            rows, token_ids_r = stop - start, order.token_ids_N[start:stop]
+            x_rD, dy_rD = _scratch.take("x", x_TD, rows, dim), _scratch.take("dy", x_TD, rows, dim)
+            a_rF, da_rF, tmp_rF = (_scratch.take(name, x_TD, rows, width) for name in ("a", "da", "tmp"))
+            dh_rH = _scratch.take("dh", x_TD, rows, height)
+            torch.index_select(dy_TD, 0, token_ids_r, out=dy_rD)
+            torch.mm(dy_rD, w_down_EDF[expert], out=da_rF)
             dweights_N[start:stop] = _activate_backward(
-                dh_rH[:r], a_rF[:r], da_rF[:r], h_NH[start:stop], compute_weights_N1[start:stop], tmp_rF[:r], ctx.act
+                dh_rH, a_rF, da_rF, h_NH[start:stop], compute_weights_N1[start:stop], tmp_rF, ctx.act
             )
             if dw_down_EDF is not None:
-                torch.mm(dy_rD[:r].T, a_rF[:r], out=dw_down_EDF[expert])
+                torch.mm(dy_rD.T, a_rF, out=dw_down_EDF[expert])
             if dw_up_EHD is not None:
-                torch.index_select(x_TD, 0, token_ids_r, out=x_rD[:r])
-                torch.mm(dh_rH[:r].T, x_rD[:r], out=dw_up_EHD[expert])
+                torch.index_select(x_TD, 0, token_ids_r, out=x_rD)
+                torch.mm(dh_rH.T, x_rD, out=dw_up_EHD[expert])
             if needs_x:
-                torch.mm(dh_rH[:r], w_up_EHD[expert], out=dx_ND[start:stop])
+                torch.mm(dh_rH, w_up_EHD[expert], out=dx_ND[start:stop])
+
+        for_each_expert(order.blocks, x_TD.device, run_expert)
         _zero_idle_experts(order, dw_up_EHD, dw_down_EDF)
         dx_TD = _sum_by_token(dx_ND, order, None) if needs_x else None
         return (
