@@ -105,14 +105,17 @@ def test_generate(folder: Path) -> None:
 def test_missing_and_wrong_files(folder: Path) -> None:
     text = folder / "text.txt"
     (folder / "empty").mkdir(exist_ok=True)
+    short = folder / "short.txt"
+    short.write_text("a")
     for arguments, message in (
         (["eval", folder / "model", "--text", folder / "none.txt"], "none.txt' is not a file"),
         (["eval", folder / "none", "--text", text], "has no config.json"),
         (["eval", folder / "empty", "--text", text], "has no config.json"),
         (
             ["eval", folder / "model", "--text", text, "--window", 10_000],
-            "less than one window of 10000; lower --window",
+            "--window 10000 is longer than the model's 64 positions",
         ),
+        (["eval", folder / "model", "--text", short, "--window", 64], "less than one window of 64; lower --window"),
         (["generate", folder / "empty", "--prompt", "x"], "has no config.json"),
         (["generate", text, "--prompt", "x"], "has no config.json"),
         (["generate", folder / "model", "--prompt", ""], "prompt='' has no tokens"),

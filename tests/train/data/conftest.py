@@ -1,7 +1,7 @@
 import pytest
 
 from moe.train.data.tokenizer import Encoder, make_encoder, train_tokenizer
-from tests.train.data.helpers import ListSource, make_text
+from tests.train.data.small_data import ListSource, make_text
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ import pytest
 from moe.train.data import BatchLoader, DataConfig, StreamingPackedDataset, build_data
 from moe.train.data.cache_folder import cache_root
 from moe.train.data.stdlib_source import StdlibSource
-from tests.train.data.helpers import make_text
+from tests.train.data.small_data import make_text
 
 
 @pytest.fixture

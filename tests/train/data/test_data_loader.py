@@ -6,7 +6,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from moe.train.data import BatchLoader, PackedDataset, additive_mask, eval_batches
-from tests.train.data.helpers import token_cache
+from tests.train.data.small_data import token_cache
 
 LENGTHS = [5, 40, 3, 17, 90, 1, 8, 33, 60, 12]
 SEQ_LEN = 8

@@ -11,7 +11,7 @@ from moe.train.data import TokenizerConfig
 from moe.train.data import tokenizer as tokenizer_module
 from moe.train.data.documents import Document, Split, choose_split
 from moe.train.data.tokenizer import END_OF_TEXT, load_tokenizer, make_encoder, train_tokenizer
-from tests.train.data.helpers import ListSource, make_text
+from tests.train.data.small_data import ListSource, make_text
 
 NOTHING_HELD_OUT = Split(seed=0, threshold=0.0)
 any_text = st.text() | st.text(alphabet="a \n\t\r<|endoftext|>\x00é日😀").map(lambda text: text + END_OF_TEXT)

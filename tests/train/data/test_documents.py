@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moe.train.data.documents import choose_split, limit_text, unit_hash
-from tests.train.data.helpers import ListSource
+from tests.train.data.small_data import ListSource
 
 
 def sides(source, split):

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from moe.train.data.packing import PackedDataset, make_sample, permutation
 from moe.train.data.token_cache import HELD_OUT, TRAIN
-from tests.train.data.helpers import token_cache
+from tests.train.data.small_data import token_cache
 
 corpora = st.lists(st.integers(1, 12), min_size=1, max_size=12).filter(lambda lengths: sum(lengths) > 8)
 

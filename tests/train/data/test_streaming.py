@@ -9,7 +9,7 @@ from moe.train.data.documents import Split
 from moe.train.data.hub_source import StreamSource
 from moe.train.data.packing import PackedDataset
 from moe.train.data.streaming import StreamingPackedDataset
-from tests.train.data.helpers import make_text, token_cache
+from tests.train.data.small_data import make_text, token_cache
 
 NOTHING_HELD_OUT = Split(seed=0, threshold=0.0)
 SEQ_LEN = 16

@@ -10,7 +10,7 @@ from moe.train.data import token_cache as token_cache_module
 from moe.train.data.documents import Split
 from moe.train.data.file_source import FileSource
 from moe.train.data.token_cache import load_token_caches
-from tests.train.data.helpers import ListSource, make_text
+from tests.train.data.small_data import ListSource, make_text
 
 SPLIT = Split(seed=0, threshold=0.3)
 TEXTS = tuple(make_text(number, num_words=5 + 7 * number) for number in range(30))
