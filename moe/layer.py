@@ -6,7 +6,7 @@ Legend: T tokens, D model, F expert FFN, E experts, S slots.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -16,10 +16,12 @@ from torch import Tensor, nn
 from moe.errors import nearest
 from moe.experts import ExpertBank, SharedExperts
 from moe.observe import LayerStats, RoutingContext, attach_loss, optimizer_steps
-from moe.routers import losses, parse_router
+from moe.routers import StepLoad, losses, parse_router
+from moe.routers.assemble import routing_of_choices
 from moe.routers.balance import BalanceConfig, update_bias
 from moe.routers.capacity import apply_capacity
-from moe.types import AuxLoss, Routing, SoftRouting
+from moe.routers.check import check_input, check_routing, checks_enabled
+from moe.types import AuxLoss, Routing, SoftRouting, TokenInfo
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,14 +186,24 @@ class MoELayer(nn.Module):
         num_sequences = max(x.shape[:-2].numel(), 1) if x.dim() > 2 else 1
         x_TD = x.reshape(-1, self.dim)
         if self.training:  # before routing: a checkpointed forward that runs again must find the same selection bias
-            self.notice_optimizer_step()
-        routing = self.router(x_TD, self.context.token_mask_T)
+            notice_optimizer_step([self])
+        info = TokenInfo(
+            num_sequences=num_sequences, keep_T=self.context.token_mask_T, input_ids_T=self.context.input_ids_T
+        )
+        checked = checks_enabled()
+        if checked:
+            check_input(x_TD, type(self.router).__name__)
+        routing = self.router(x_TD, info)
+        if checked:
+            check_routing(routing, x_TD.shape[0], type(self.router).__name__)
         num_dropped: Tensor | int = 0
         if isinstance(routing, SoftRouting):
             y_TD = self._forward_soft(x_TD, routing)
         else:
             kept = self._apply_capacity(routing)
             y_TD, num_dropped = self._run_experts(x_TD, kept), kept.num_dropped
+            if routing.output_scale_D is not None:
+                y_TD = y_TD * routing.output_scale_D.to(y_TD.dtype)
         if self.shared_experts is not None:
             y_TD = y_TD + self.shared_experts(x_TD)
         if self.training and torch.is_grad_enabled():
@@ -205,19 +217,21 @@ class MoELayer(nn.Module):
 
     def _forward_soft(self, x_TD: Tensor, routing: SoftRouting) -> Tensor:
         """Slots are tokens with one expert each and weight 1, so they take the same road as sparse routings."""
-        num_slots, num_experts = routing.dispatch_TS.shape[1], self.num_experts
-        slots_SD = routing.dispatch_TS.to(x_TD.dtype).T @ x_TD
-        expert_ids_S = torch.arange(num_slots, device=x_TD.device) // (num_slots // num_experts)
-        slot_routing = Routing(
-            num_tokens=num_slots,
-            num_experts=num_experts,
-            token_ids_N=torch.arange(num_slots, device=x_TD.device),
-            expert_ids_N=expert_ids_S,
-            weights_N=torch.ones(num_slots, device=x_TD.device),
-            counts_E=torch.bincount(expert_ids_S, minlength=num_experts),
-            top_k=1,
+        num_groups, num_members, num_slots = routing.dispatch_GMS.shape
+        ids_GM = routing.token_ids_GM
+        x_GMD = x_TD.view(num_groups, num_members, self.dim) if ids_GM is None else x_TD[ids_GM]
+        slots_GSD = routing.dispatch_GMS.to(x_TD.dtype).transpose(1, 2) @ x_GMD
+        expert_ids_S = torch.arange(num_slots, device=x_TD.device) // (num_slots // self.num_experts)
+        expert_ids_N = expert_ids_S.repeat(num_groups)
+        slot_routing = routing_of_choices(
+            expert_ids_N[:, None], torch.ones(len(expert_ids_N), 1, device=x_TD.device), self.num_experts
         )
-        return routing.combine_TS.to(x_TD.dtype) @ self._run_experts(slots_SD, slot_routing)
+        out_GSD = self._run_experts(slots_GSD.reshape(-1, self.dim), slot_routing).view_as(slots_GSD)
+        y_GMD = routing.combine_GMS.to(out_GSD.dtype) @ out_GSD
+        if ids_GM is None:
+            return y_GMD.view_as(x_TD)
+        y_TD = torch.zeros_like(x_TD, dtype=y_GMD.dtype)
+        return y_TD.index_add(0, ids_GM.view(-1), y_GMD.view(-1, self.dim))
 
     def _apply_capacity(self, routing: Routing) -> Routing:
         factor = self.spec.capacity_factor if self.training else self.spec.eval_capacity_factor
@@ -244,6 +258,7 @@ class MoELayer(nn.Module):
         scalars["aux_loss"] = total.detach()
         scalars["dropped"] = torch.as_tensor(num_dropped, dtype=torch.float32, device=y_TD.device)
         scalars["assigned"] = counts_E.sum().float()
+        scalars["tokens"] = counts_E.new_full((), y_TD.shape[0]).float() if keep_T is None else keep_T.sum().float()
 
         def commit() -> None:
             self.stats.add(counts_E, scalars)
@@ -257,7 +272,8 @@ class MoELayer(nn.Module):
         self, routing: Routing | SoftRouting, counts_E: Tensor, num_sequences: int, keep_T: Tensor | None
     ) -> dict[str, AuxLoss]:
         balance, found = self.spec.balance, {}
-        if isinstance(routing, Routing) and balance.aux_coef and routing.probs_TE is not None:
+        takes_loss = isinstance(routing, Routing) and self.router.takes_balance_loss
+        if isinstance(routing, Routing) and takes_loss and balance.aux_coef and routing.probs_TE is not None:
             if balance.aux_scope == "sequence":
                 value = losses.sequence_loss(
                     routing.probs_TE, routing.expert_ids_N, routing.token_ids_N, num_sequences, keep_T
@@ -271,8 +287,9 @@ class MoELayer(nn.Module):
 
     def _counts(self, routing: Routing | SoftRouting, keep_T: Tensor | None) -> Tensor:
         if isinstance(routing, SoftRouting):  # every expert has the same number of slots
-            slots_per_expert = routing.dispatch_TS.shape[1] // self.num_experts
-            return torch.full((self.num_experts,), slots_per_expert, device=routing.dispatch_TS.device)
+            num_groups, _, num_slots = routing.dispatch_GMS.shape
+            slots_per_expert = num_groups * num_slots // self.num_experts
+            return torch.full((self.num_experts,), slots_per_expert, device=routing.dispatch_GMS.device)
         if keep_T is None:
             return routing.counts_E
         return losses.count_assignments(routing.expert_ids_N, self.num_experts, routing.token_ids_N, keep_T)
@@ -289,30 +306,78 @@ class MoELayer(nn.Module):
             found["logit_norm"] = losses.masked_mean(routing.logits_TE.norm(dim=-1), keep_T)
         return found
 
-    def notice_optimizer_step(self) -> None:
-        """Finish the step by itself where no training loop calls `finish_step`, as under HF `Trainer`.
+    def saw_optimizer_step(self) -> bool:
+        """Whether an optimizer step was taken since this was last asked.
 
         Steps of `torch.optim` are counted; other optimizers show in the version counters of the router's weights.
         """
         version = optimizer_steps() + sum(parameter._version for parameter in self.router.parameters())
-        if self._router_version is not None and version != self._router_version and self.stats.num_micro_batches:
-            self.finish_step()
-        self._router_version = version
+        before, self._router_version = self._router_version, version
+        return before is not None and version != before
 
-    @torch.no_grad()
     def finish_step(self, applied: bool = True) -> LayerStats:
-        """Close an optimizer step: move the selection bias, start new statistics, return the finished ones.
+        """`finish_step` of this layer alone."""
+        return finish_step([self], applied)[0]
 
-        Collective over the data-parallel ranks when ``reduce_counts`` is set and the bias moves.
 
-        Args:
-            applied: False when the step was skipped; the bias then stays too.
-        """
-        stats, self.stats, self._global_counts_E = self.stats, LayerStats(), None
-        rate = self.spec.balance.bias_update_rate
-        if rate and applied and stats.counts_E is not None:
-            update_bias(self.router.get_buffer("bias_E"), self._reduced(stats.counts_E), rate)
-        return stats
+def notice_optimizer_step(layers: list[MoELayer]) -> None:
+    """Finish the step of layers that no training loop calls `finish_step` for, as under HF `Trainer`."""
+    saw_step = [layer.saw_optimizer_step() for layer in layers]
+    if any(saw_step) and any(layer.stats.num_micro_batches for layer in layers):
+        finish_step(layers)
+
+
+@torch.no_grad()
+def finish_step(layers: Iterable[MoELayer], applied: bool = True) -> list[LayerStats]:
+    """Close an optimizer step: move selection biases and what routers adapt, start new statistics, return the finished ones.
+
+    Collective over the data-parallel ranks where ``reduce_counts`` is set and a router reads its load.
+
+    Args:
+        layers: all MoE layers of a model, so that routers that look at the whole model (ReMoE) can.
+        applied: False when the step was skipped; biases and schedules then stay too.
+    """
+    layers = list(layers)
+    finished = [layer.stats for layer in layers]
+    for layer in layers:
+        layer.stats, layer._global_counts_E = LayerStats(), None
+    if not applied:
+        return finished
+    active = [(layer, stats) for layer, stats in zip(layers, finished, strict=True) if stats.counts_E is not None]
+    loads = _global_loads(active)
+    densities = [density for _, density in loads.values()]
+    model_density = torch.stack(densities).mean() if densities else None
+    for layer, stats in active:
+        assert stats.counts_E is not None
+        counts_E, _ = loads.get(id(layer), (stats.counts_E, None))
+        if rate := layer.spec.balance.bias_update_rate:
+            update_bias(layer.router.get_buffer("bias_E"), counts_E, rate)
+        reduce = layer.reduce_counts or (lambda tensor: tensor)
+        layer.router.after_step(StepLoad(counts_E=counts_E, model_density=model_density, reduce=reduce))
+    return finished
+
+
+def _global_loads(active: list[tuple[MoELayer, LayerStats]]) -> dict[int, tuple[Tensor, Tensor]]:
+    """Counts over all ranks, and the share of token-expert pairs that they are, of the layers whose routers read them.
+
+    One collective for all layers.
+    """
+    wanted = [
+        (layer, stats) for layer, stats in active if layer.spec.balance.bias_update_rate or layer.router.uses_load
+    ]
+    if not wanted:
+        return {}
+    parts = []
+    for _, stats in wanted:
+        assert stats.counts_E is not None
+        parts += [stats.counts_E, stats.sums["tokens"].to(stats.counts_E)[None]]
+    reduce = wanted[0][0].reduce_counts
+    total = torch.cat(parts) if reduce is None else reduce(torch.cat(parts))
+    loads = {}
+    for (layer, _), numbers in zip(wanted, total.split([layer.num_experts + 1 for layer, _ in wanted]), strict=True):
+        counts_E, num_tokens = numbers[:-1], numbers[-1].clamp_min(1)
+        loads[id(layer)] = (counts_E, counts_E.sum() / (num_tokens * layer.num_experts))
+    return loads
 
 
 def moe_layers(model: nn.Module) -> dict[str, MoELayer]:

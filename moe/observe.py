@@ -38,11 +38,13 @@ class RoutingContext:
         loss_scale: d(what backward is called on) / d(the model's loss). `record_loss_scale` sets it at the start of each
             backward, so that loss scaling and gradient accumulation apply to auxiliary losses as to the loss itself.
         token_mask_T: (T,) bool, False at padding, or ``None``; padding counts in no loss and no statistic.
+        input_ids_T: (T,) int64 vocabulary ids of the tokens, or ``None`` where the model was given embeddings.
     """
 
     def __init__(self) -> None:
         self.loss_scale: Tensor | float = 1.0
         self.token_mask_T: Tensor | None = None
+        self.input_ids_T: Tensor | None = None
 
 
 class _RecordLossScale(torch.autograd.Function):
@@ -96,8 +98,8 @@ class LayerStats:
 
     Attributes:
         counts_E: (E,) int64 assignments per expert before drops; ``None`` before the first micro-batch.
-        sums: detached sums over micro-batches of the scalars by name: "entropy", "logit_norm", "dropped", "assigned", and
-            each loss as "loss/NAME" (its unscaled value) and "aux_loss" (their weighted total).
+        sums: detached sums over micro-batches of the scalars by name: "entropy", "logit_norm", "dropped", "assigned",
+            "tokens" (without padding), each loss as "loss/NAME" (its unscaled value) and "aux_loss" (their weighted total).
         num_micro_batches: how many were summed.
     """
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from moe.layer import MoELayer, MoESpec, moe_layers
 from moe.routers import ROUTERS, Router, RouterConfig
 from moe.routers.capacity import apply_capacity
-from moe.types import Routing, SoftRouting
+from moe.types import NO_INFO, Routing, SoftRouting, TokenInfo
 
 T, D, E = 19, 6, 4
 
@@ -140,13 +140,13 @@ class _SoftRouter(Router):
         super().__init__(dim, num_experts, config)
         self.phi = nn.Parameter(torch.randn(dim, 2 * num_experts))
 
-    def forward(self, x_TD: Tensor, keep_T: Tensor | None = None) -> SoftRouting:
+    def forward(self, x_TD: Tensor, info: TokenInfo = NO_INFO) -> SoftRouting:
         logits_TS = x_TD @ self.phi
         logits_TE = logits_TS.view(len(x_TD), self.num_experts, 2).logsumexp(-1)
         return SoftRouting(
             num_experts=self.num_experts,
-            dispatch_TS=logits_TS.softmax(0),
-            combine_TS=logits_TS.softmax(1),
+            dispatch_GMS=logits_TS.softmax(0)[None],
+            combine_GMS=logits_TS.softmax(1)[None],
             logits_TE=logits_TE,
             probs_TE=logits_TE.softmax(-1),
         )
@@ -155,7 +155,7 @@ class _SoftRouter(Router):
         nn.init.normal_(self.phi, std=std)
 
     @property
-    def max_experts_per_token(self) -> int:
+    def mean_experts_per_token(self) -> float:
         return self.num_experts
 
 

@@ -15,9 +15,10 @@ from transformers.initialization import guard_torch_init_functions
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
-from moe.layer import MoELayer, moe_layers
+from moe.layer import MoELayer, moe_layers, notice_optimizer_step
 from moe.models.config import MoEConfig
 from moe.observe import RoutingContext, record_loss_scale
+from moe.routers import ROUTERS
 
 # Config fields by which some decoders change the logits after `lm_head`, with the values that do nothing; ours never does.
 LOGIT_CHANGES = {
@@ -46,7 +47,7 @@ class MoEForCausalLM(PreTrainedModel, GenerationMixin):
     _supports_attention_backend = True
     _skip_keys_device_placement = ["past_key_values"]
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
-    _keep_in_fp32_modules_strict = ["bias_E"]  # its steps of 1e-3 vanish in bf16
+    _keep_in_fp32_modules_strict = sorted({name for router in ROUTERS.values() for name in router.fp32_buffers})
 
     def __init__(self, config: MoEConfig) -> None:
         super().__init__(config)
@@ -78,6 +79,8 @@ class MoEForCausalLM(PreTrainedModel, GenerationMixin):
         for index, layer in enumerate(layers):
             if spec.is_moe_layer(index):
                 layer.mlp = MoELayer(text_config.hidden_size, spec, text_config.intermediate_size, self.routing_context)
+                if problem := layer.mlp.router.causal_problem():
+                    raise ValueError(problem)
         self.model, self.lm_head = dense.model, dense.lm_head
         self.vocab_size = text_config.vocab_size
         self._no_split_modules = list(dense._no_split_modules or [])
@@ -108,9 +111,9 @@ class MoEForCausalLM(PreTrainedModel, GenerationMixin):
 
         Where counts are reduced over ranks a training loop does it: one rank alone may save or evaluate here.
         """
-        for layer in moe_layers(self).values():
-            if layer.stats.num_micro_batches and layer.reduce_counts is None:
-                layer.notice_optimizer_step()
+        layers = [layer for layer in moe_layers(self).values() if layer.reduce_counts is None]
+        if any(layer.stats.num_micro_batches for layer in layers):
+            notice_optimizer_step(layers)
 
     @can_return_tuple
     def forward(
@@ -132,6 +135,9 @@ class MoEForCausalLM(PreTrainedModel, GenerationMixin):
         if isinstance(attention_mask, Tensor) and tokens is not None and attention_mask.shape == tokens.shape[:2]:
             mask_T = attention_mask.reshape(-1).bool()
         self.routing_context.token_mask_T = mask_T
+        self.routing_context.input_ids_T = None if input_ids is None else input_ids.reshape(-1)
+        if self.training:  # all layers at once, since some routers look at the whole model's load
+            notice_optimizer_step(list(moe_layers(self).values()))
         if use_cache is None:  # the decoder would look in its own config only
             use_cache = getattr(self.config, "use_cache", None)
         num_items = kwargs.pop("num_items_in_batch", None)

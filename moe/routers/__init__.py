@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 from moe.errors import nearest
-from moe.routers.base import Router, RouterConfig
+from moe.routers.base import Router, RouterConfig, StepLoad
 from moe.routers.noaux_tc import NoAuxRouter
 from moe.routers.noisy_topk import NoisyTopKRouter
 from moe.routers.switch import SwitchRouter
@@ -32,4 +32,4 @@ def parse_router(options: dict[str, Any]) -> tuple[type[Router], RouterConfig]:
     return ROUTERS[name], config_class(**options)
 
 
-__all__ = ["ROUTERS", "Router", "RouterConfig", "parse_router"]
+__all__ = ["ROUTERS", "Router", "RouterConfig", "StepLoad", "parse_router"]

@@ -14,7 +14,8 @@ class BalanceConfig:
     """Which losses keep the experts balanced.
 
     Attributes:
-        aux_coef: factor on the Switch loss; 0 turns it off.
+        aux_coef: factor on the Switch loss; 0 turns it off. Routers that balance by other means ignore it
+            (``Router.takes_balance_loss``).
         aux_scope: the tokens over which its load fractions are taken: one rank's micro-batch, each sequence, or everything
             seen since the last optimizer step on all data-parallel ranks (arXiv 2501.11873: the least constraint on
             specialisation for the same balance).

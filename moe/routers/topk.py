@@ -8,16 +8,16 @@ selection bias (arXiv 2412.19437 eq. 12-16, arXiv 2408.15664). Scores are comput
 Legend: T tokens, D model, E experts, K top-k, G groups, N = T * K.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from moe.routers.assemble import routing_of_choices
 from moe.routers.base import Router, RouterConfig
-from moe.types import AuxLoss, Routing
+from moe.types import NO_INFO, AuxLoss, Routing, TokenInfo
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +72,7 @@ class TopKRouter(Router):
 
     Config = TopKConfig
     config: TopKConfig
+    fp32_buffers = ("bias_E",)  # its steps of 1e-3 would vanish in bf16
 
     def __init__(self, dim: int, num_experts: int, config: TopKConfig) -> None:
         super().__init__(dim, num_experts, config)
@@ -98,28 +99,19 @@ class TopKRouter(Router):
         if self.config.selection_bias:
             nn.init.zeros_(self.get_buffer("bias_E"))
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Move or convert as any module, but keep the bias in fp32: its steps of 1e-3 would vanish in bf16."""
-        bias_E = self._buffers.get("bias_E")
-        super()._apply(fn, recurse)
-        moved_E = self._buffers.get("bias_E")
-        if bias_E is not None and moved_E is not None and moved_E.dtype != torch.float32:
-            self._buffers["bias_E"] = bias_E.to(moved_E.device)
-        return self
-
     @property
-    def max_experts_per_token(self) -> int:
+    def mean_experts_per_token(self) -> float:
         """K."""
         return self.config.top_k
 
-    def forward(self, x_TD: Tensor, keep_T: Tensor | None = None) -> Routing:
+    def forward(self, x_TD: Tensor, info: TokenInfo = NO_INFO) -> Routing:
         """Route every token to exactly K experts."""
         with torch.autocast(x_TD.device.type, enabled=False):
             x_TD = x_TD.float()
             if self.training and self.config.jitter:
                 x_TD = x_TD * torch.empty_like(x_TD).uniform_(1 - self.config.jitter, 1 + self.config.jitter)
-            logits_TE = F.linear(x_TD, self.weight.float())
-            noisy_TE, aux_losses = self.perturb(x_TD, logits_TE, keep_T)
+            logits_TE = self.logits(x_TD)
+            noisy_TE, aux_losses = self.perturb(x_TD, logits_TE, info.keep_T)
             scores_TE = noisy_TE.sigmoid() if self.config.score == "sigmoid" else noisy_TE.softmax(-1)
             expert_ids_TK = self.select(scores_TE.detach() if self.config.score == "sigmoid" else noisy_TE.detach())
             weights_TK = self.weigh(noisy_TE, scores_TE, expert_ids_TK)
@@ -128,20 +120,13 @@ class TopKRouter(Router):
                 probs_TE = scores_TE / scores_TE.sum(-1, keepdim=True).clamp_min(1e-20)
             elif noisy_TE is not logits_TE:
                 probs_TE = logits_TE.softmax(-1)
-        num_tokens, top_k = expert_ids_TK.shape
-        expert_ids_N = expert_ids_TK.reshape(-1)
-        return Routing(
-            num_tokens=num_tokens,
-            num_experts=self.num_experts,
-            token_ids_N=torch.arange(num_tokens, device=x_TD.device).repeat_interleave(top_k),
-            expert_ids_N=expert_ids_N,
-            weights_N=weights_TK.reshape(-1),
-            counts_E=torch.bincount(expert_ids_N, minlength=self.num_experts),
-            top_k=top_k,
-            logits_TE=logits_TE,
-            probs_TE=probs_TE,
-            aux_losses=aux_losses,
+        return routing_of_choices(
+            expert_ids_TK, weights_TK, self.num_experts, logits_TE=logits_TE, probs_TE=probs_TE, aux_losses=aux_losses
         )
+
+    def logits(self, x_TD: Tensor) -> Tensor:
+        """(T, E) fp32 from fp32 input; gates that transform their input or output override this."""
+        return F.linear(x_TD, self.weight.float())
 
     def perturb(self, x_TD: Tensor, logits_TE: Tensor, keep_T: Tensor | None) -> tuple[Tensor, dict[str, AuxLoss]]:
         """Logits used for the decision, and losses of the perturbation; noisy routers override this."""

@@ -93,7 +93,7 @@ def parameter_counts(model: nn.Module) -> dict[str, int]:
     idle = 0
     for layer in moe_layers(model).values():
         per_expert = sum(parameter.numel() for parameter in layer.experts.parameters()) // layer.num_experts
-        idle += per_expert * (layer.num_experts - layer.router.max_experts_per_token)
+        idle += round(per_expert * max(layer.num_experts - layer.router.mean_experts_per_token, 0))
     embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
     tied = model.get_output_embeddings().weight is embedding.weight  # type: ignore[operator]
     lookup = 0 if tied else embedding.weight.numel()

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe.layer import moe_layers
+from moe.layer import finish_step, moe_layers
 from moe.parallel import checkpoint
 from moe.parallel.engine import Engine
 from moe.parallel.ranks import Ranks
@@ -218,14 +218,15 @@ class Trainer:
         loss_sum, stops = self.ranks.sum([loss.item(), float(self._stop_asked is not None)])
         self._stop_agreed = stops > 0
         mean_loss = loss_sum / (self.ranks.world_size * self.grad_accum)
-        stats = {name: layer.finish_step(applied) for name, layer in moe_layers(self.model).items()}
+        layers = moe_layers(self.model)
+        stats = dict(zip(layers, finish_step(layers.values(), applied), strict=True))
         self.step += 1
         self.tokens += self._tokens_per_step()
         self._check_finite(applied, loss.item(), mean_loss, batches)
         if self.step % self.config.train.log_every == 0 or self.step == self.config.train.steps:
-            layers = layer_records(stats, self.ranks)
+            records = layer_records(stats, self.ranks)
             seconds = time.monotonic() - started
-            self._log_step(lr, mean_loss, seconds, layers)
+            self._log_step(lr, mean_loss, seconds, records)
 
     def _loss(self, batch: Batch, num_items: float) -> Tensor:
         """Summed cross-entropy over ``num_items``."""

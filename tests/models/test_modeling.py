@@ -191,7 +191,7 @@ def test_selection_bias_stays_fp32(convert: Any) -> None:
         bias_E = layer.router.bias_E
         assert bias_E.dtype == torch.float32
         assert bias_E is dict(layer.router.named_buffers())["bias_E"]
-        layer.stats.add(torch.tensor([9, 1, 1, 1]), {})
+        layer.stats.add(torch.tensor([9, 1, 1, 1]), {"tokens": torch.tensor(6.0)})
         layer.finish_step()
         torch.testing.assert_close(bias_E, torch.tensor([0.999, 1.001, 1.001, 1.001]), atol=1e-6, rtol=0)
 

@@ -45,7 +45,7 @@ def test_every_router_keeps_the_promises_of_routing(
     assert isinstance(routing, Routing)
     check_routing(routing, num_tokens, 8)
     if routing.top_k is not None:
-        assert routing.top_k <= router.max_experts_per_token
+        assert routing.top_k == router.mean_experts_per_token
     assert (routing.weights_N >= 0).all()
     total = routing.weights_N.sum() + sum(loss.coef * loss.value for loss in routing.aux_losses.values())
     total.backward()
