@@ -1,30 +1,71 @@
 """The only door to kernels: each op picks the implementation for its device and hides which one it was.
 
-``MOE_KERNELS`` forces one for the whole process: ``reference`` (double loop, the oracle) or ``grouped`` (sorted rows, plain
-torch, any device). Unset, the fastest one that can run is taken.
+``MOE_KERNELS`` forces one for the whole process: ``reference`` (one expert at a time by autograd, the oracle), ``grouped``
+(sorted rows, plain torch, any device) or ``triton`` (fused kernels for NVIDIA GPUs). A forced one that cannot run raises. Unset,
+it is ``triton`` for CUDA tensors where that can run, else ``grouped``; the first time a CUDA tensor goes without, a warning says
+why.
 
 Legend: T tokens, D model, F expert FFN, H = 2F (SwiGLU) or F (GELU), E experts, N assignments.
 """
 
+import functools
+import importlib
 import os
+import warnings
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
-from moe.kernels import grouped, reference
 from moe.types import Routing
 
-_EXPERT_FFN: dict[str, Callable[[Tensor, Routing, Tensor, Tensor, str], Tensor]] = {
-    "reference": reference.expert_ffn,
-    "grouped": grouped.expert_ffn,
+_MODULES = {
+    "reference": "moe.kernels.reference",
+    "grouped": "moe.kernels.grouped",
+    "triton": "moe.kernels.triton_ops",
 }
 
+ExpertFFN = Callable[[Tensor, Routing, Tensor, Tensor, str], Tensor]
 
-def chosen() -> str:
-    """Name of the implementation that ops use in this process."""
-    name = os.environ.get("MOE_KERNELS", "grouped")
-    if name not in _EXPERT_FFN:
-        raise ValueError(f"MOE_KERNELS={name!r} is unknown; use one of {sorted(_EXPERT_FFN)}, or unset it")
+
+@functools.cache
+def _implementation(name: str) -> ExpertFFN:
+    """Loaded when it is first used: Triton may be missing, and its import takes a while."""
+    return importlib.import_module(_MODULES[name]).expert_ffn
+
+
+def _triton_problem(device_type: str, dtype: torch.dtype) -> str | None:
+    """Why the Triton kernels cannot run; None where they can."""
+    try:
+        from moe.kernels import triton_ops
+    except ImportError as error:
+        return f"triton cannot be imported ({error})"
+    return triton_ops.problem(device_type, dtype)
+
+
+@functools.cache
+def _warn_once(problem: str) -> None:
+    warnings.warn(f"fused kernels are not used, plain torch is: {problem}", stacklevel=3)
+
+
+def chosen(device_type: str = "cpu", dtype: torch.dtype = torch.float32) -> str:
+    """Name of the implementation that ops use for such tensors in this process.
+
+    Raises:
+        ValueError: ``MOE_KERNELS`` is unknown, or names one that cannot run on them.
+    """
+    name = os.environ.get("MOE_KERNELS")
+    if name is None:
+        if device_type != "cuda":
+            return "grouped"
+        if problem := _triton_problem(device_type, dtype):
+            _warn_once(problem)
+            return "grouped"
+        return "triton"
+    if name not in _MODULES:
+        raise ValueError(f"MOE_KERNELS={name!r} is unknown; use one of {sorted(_MODULES)}, or unset it")
+    if name == "triton" and (problem := _triton_problem(device_type, dtype)):
+        raise ValueError(f"MOE_KERNELS='triton' cannot run: {problem}; unset it to let the device decide")
     return name
 
 
@@ -43,4 +84,5 @@ def expert_ffn(x_TD: Tensor, routing: Routing, w_up_EHD: Tensor, w_down_EDF: Ten
     """
     if activation not in ("swiglu", "gelu"):
         raise ValueError(f"activation={activation!r} is unknown; use 'swiglu' or 'gelu'")
-    return _EXPERT_FFN[chosen()](x_TD, routing, w_up_EHD, w_down_EDF, activation)
+    name = chosen(x_TD.device.type, x_TD.dtype)
+    return _implementation(name)(x_TD, routing, w_up_EHD, w_down_EDF, activation)

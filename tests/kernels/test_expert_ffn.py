@@ -7,13 +7,16 @@ import pytest
 import torch
 from helpers.close import assert_close
 from helpers.ffn_case import GRADIENTS, Case, check, expect, forward, make_case, routing_of, run, with_tensors
+from helpers.triton_blocks import small_blocks
 
 from moe.kernels import grouped, ops, reference
 
 
-@pytest.fixture(autouse=True, params=["reference", "grouped"])
+@pytest.fixture(autouse=True, params=["reference", "grouped", "triton"])
 def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setenv("MOE_KERNELS", request.param)
+    if request.param == "triton":
+        small_blocks(monkeypatch)
     return request.param
 
 
@@ -61,6 +64,8 @@ def test_output_and_gradients(shape: str, activation: str, dtype: torch.dtype) -
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=["fp64", "fp16"])
 def test_other_dtypes(dtype: torch.dtype, implementation: str) -> None:
+    if implementation == "triton" and dtype == torch.float64:
+        pytest.skip("refused; see test_ops.py")
     case = SHAPES["odd"](dtype=dtype)
     got, expected = run(case), expect(case)
     for name, value in expected.items():
@@ -69,7 +74,7 @@ def test_other_dtypes(dtype: torch.dtype, implementation: str) -> None:
 
 
 def test_larger_than_a_vector_and_a_block() -> None:
-    check(fixed_k(150, 9, 4, dim=33, hidden=17))
+    check(fixed_k(50, 5, 3, dim=33, hidden=17))
 
 
 def test_zero_weights() -> None:
@@ -145,7 +150,7 @@ def test_inputs_are_not_changed() -> None:
 
 
 def test_repeats_bit_for_bit_whatever_ran_before() -> None:
-    large, small = fixed_k(60, 6, 3, dim=16, hidden=12), SHAPES["odd"]()
+    large, small = fixed_k(30, 4, 2, dim=16, hidden=12), SHAPES["odd"]()
     first = {"large": run(large), "small": run(small)}
     for name in ("large", "small", "large", "small"):
         again = run({"large": large, "small": small}[name])
@@ -197,7 +202,9 @@ def test_under_autocast_the_given_dtype_rules() -> None:
         check(case)
 
 
-def test_gradcheck() -> None:
+def test_gradcheck(implementation: str) -> None:
+    if implementation == "triton":
+        pytest.skip("no float64 there; test_output_and_gradients compares with the oracle's")
     case = make_case(
         [0, 0, 2, 1, 2], [1, 0, 0, 1, 0], num_tokens=4, num_experts=3, dim=3, hidden=2, dtype=torch.float64
     )
@@ -225,8 +232,8 @@ def test_gradcheck_of_the_weights(implementation: str) -> None:
 
 
 def test_backward_keeps_nothing_of_size_n_times_d(implementation: str) -> None:
-    if implementation != "grouped":
-        pytest.skip("the reference keeps what autograd needs")
+    if implementation == "reference":
+        pytest.skip("it keeps what autograd needs")
     case = fixed_k(10, 4, 3, dim=64, hidden=2)
     saved: list[torch.Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):

@@ -1,0 +1,280 @@
+"""The grouped matrix products of the expert FFN, with gathers in their loads and activations in their epilogues.
+
+Five kernels, after SonicMoE (arXiv 2512.14080, sections 3 and 4), of which each is one pass over the sorted rows:
+
+    up          h = x[token] W_up^T, a = act(h)          gathers x while it loads; never makes a permuted copy of it
+    rows        out = rows W                             down-projection y = a W_down^T, and its mirror dx = dh W_up
+    activation  dA = dy[token] W_down; dh, weight * a and d(weight) = <dA, a>, with a recomputed from h
+    weight      dW = left^T right over an expert's rows  gathers dy or x along the reduced dimension
+
+Row tiles never hold two experts, so a tile multiplies with one weight matrix only. Programs walk over tiles: a grid as large as
+the number of tiles gives each program one; a smaller grid makes them persistent. Sums are in fp32, and nothing is added with
+atomics, so results are the same on every run.
+
+Legend: T tokens, D model, F expert FFN, H = 2F (SwiGLU) or F (GELU), E experts, N sorted rows, M row tiles.
+"""
+
+import triton
+import triton.language as tl
+
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def _place(tile, num_m, num_n, GROUP_M: tl.constexpr):
+    """Row and column tile of the n-th unit of work: GROUP_M row tiles share the columns' weights in the L2 cache."""
+    in_group = GROUP_M * num_n
+    first = tile // in_group * GROUP_M
+    rows = min(num_m - first, GROUP_M)
+    within = tile % in_group
+    return first + within % rows, within // rows
+
+
+@triton.jit
+def _dot(a, b, acc, PRECISION: tl.constexpr):
+    if INTERPRETED:  # Triton 3.9's interpreter keeps bf16 as its 16-bit pattern and would multiply that
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def _silu(x):
+    return x * tl.sigmoid(x)
+
+
+@triton.jit
+def _gelu(x):
+    return 0.5 * x * (1 + tl.erf(x * 0.7071067811865476))
+
+
+@triton.jit
+def _halves(tile):
+    """Left and right half of a tile's columns."""
+    rows: tl.constexpr = tile.shape[0]
+    cols: tl.constexpr = tile.shape[1]
+    return tl.split(tl.permute(tl.reshape(tile, (rows, 2, cols // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def _up_half(gate, up, h_ptr, a_ptr, row, inside, col, F, GATED: tl.constexpr, SAVE_H: tl.constexpr):
+    """Epilogue of `up_kernel` on some columns."""
+    out = inside[:, None] & (col < F)[None, :]
+    height = 2 * F if GATED else F
+    h_at = h_ptr + row[:, None].to(tl.int64) * height + col[None, :]
+    if SAVE_H:
+        tl.store(h_at, gate.to(h_ptr.dtype.element_ty), mask=out)
+    if GATED:
+        if SAVE_H:
+            tl.store(h_at + F, up.to(h_ptr.dtype.element_ty), mask=out)
+        a = _silu(gate) * up
+    else:
+        a = _gelu(gate)
+    a_at = a_ptr + row[:, None].to(tl.int64) * F + col[None, :]
+    tl.store(a_at, a.to(a_ptr.dtype.element_ty), mask=out)
+
+
+@triton.jit
+def up_kernel(
+    x_ptr, w_ptr, h_ptr, a_ptr, tokens_ptr, offsets_ptr, experts_ptr, starts_ptr, total_ptr,
+    D, F, stride_x,
+    GATED: tl.constexpr, SAVE_H: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    """h (N, H) and a (N, F) of sorted rows. ``w`` is (E, H, D): the gate's F rows, then the up-projection's."""
+    num_m = tl.load(total_ptr)
+    num_n = tl.cdiv(F, BLOCK_N)
+    height = 2 * F if GATED else F
+    k_range = tl.arange(0, BLOCK_K)
+    for tile in range(tl.program_id(0), num_m * num_n, tl.num_programs(0)):
+        m, n = _place(tile, num_m, num_n, GROUP_M)
+        expert, start = tl.load(experts_ptr + m), tl.load(starts_ptr + m)
+        stop = tl.load(offsets_ptr + expert + 1)
+        row = start + tl.arange(0, BLOCK_M)
+        col = n * BLOCK_N + tl.arange(0, BLOCK_N)
+        token = tl.load(tokens_ptr + row, mask=row < stop, other=0).to(tl.int64)
+        x_at = x_ptr + token[:, None] * stride_x
+        w_at = w_ptr + expert.to(tl.int64) * height * D + ((col % F) * D)[None, :]
+        gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for k in range(0, D, BLOCK_K):
+            at = k + k_range
+            x = tl.load(x_at + at[None, :], mask=at[None, :] < D, other=0.0)
+            w = tl.load(w_at + at[:, None], mask=at[:, None] < D, other=0.0)
+            gate = _dot(x, w, gate, PRECISION)
+            if GATED:
+                w_up = tl.load(w_at + F * D + at[:, None], mask=at[:, None] < D, other=0.0)
+                up = _dot(x, w_up, up, PRECISION)
+        # In halves: two whole accumulators and the activation would not fit the registers.
+        gate_0, gate_1 = _halves(gate)
+        up_0, up_1 = _halves(up)
+        half = n * BLOCK_N + tl.arange(0, BLOCK_N // 2)
+        _up_half(gate_0, up_0, h_ptr, a_ptr, row, row < stop, half, F, GATED, SAVE_H)
+        _up_half(gate_1, up_1, h_ptr, a_ptr, row, row < stop, half + BLOCK_N // 2, F, GATED, SAVE_H)
+
+
+@triton.jit
+def rows_kernel(
+    rows_ptr, w_ptr, out_ptr, offsets_ptr, experts_ptr, starts_ptr, total_ptr,
+    C, K, stride_we, stride_wn, stride_wk,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    """out (N, C) = rows (N, K) times each expert's (K, C) matrix, given by its strides."""
+    num_m = tl.load(total_ptr)
+    num_n = tl.cdiv(C, BLOCK_N)
+    k_range = tl.arange(0, BLOCK_K)
+    for tile in range(tl.program_id(0), num_m * num_n, tl.num_programs(0)):
+        m, n = _place(tile, num_m, num_n, GROUP_M)
+        expert, start = tl.load(experts_ptr + m), tl.load(starts_ptr + m)
+        stop = tl.load(offsets_ptr + expert + 1)
+        row = start + tl.arange(0, BLOCK_M)
+        col = n * BLOCK_N + tl.arange(0, BLOCK_N)
+        safe_row = tl.where(row < stop, row, start).to(tl.int64)
+        a_at = rows_ptr + safe_row[:, None] * K + k_range[None, :]
+        w_at = w_ptr + expert.to(tl.int64) * stride_we + k_range[:, None].to(tl.int64) * stride_wk
+        w_at += (col % C)[None, :].to(tl.int64) * stride_wn
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for k in range(0, K, BLOCK_K):
+            inside = k_range < K - k
+            a = tl.load(a_at, mask=inside[None, :], other=0.0)
+            w = tl.load(w_at, mask=inside[:, None], other=0.0)
+            acc = _dot(a, w, acc, PRECISION)
+            a_at += BLOCK_K
+            w_at += BLOCK_K * stride_wk
+        out = (row < stop)[:, None] & (col < C)[None, :]
+        out_at = out_ptr + row[:, None].to(tl.int64) * C + col[None, :]
+        tl.store(out_at, acc.to(out_ptr.dtype.element_ty), mask=out)
+
+
+@triton.jit
+def _activation_half(da, h_ptr, dh_ptr, a_ptr, weight, row, inside, col, F, GATED: tl.constexpr):
+    """Epilogue of `activation_kernel` on some columns: stores dh and weight * a, returns these columns' part of d(weight)."""
+    height = 2 * F if GATED else F
+    out = inside[:, None] & (col < F)[None, :]
+    h_at = row[:, None].to(tl.int64) * height + col[None, :]
+    weight = weight[:, None]
+    if GATED:
+        gate = tl.load(h_ptr + h_at, mask=out, other=0.0).to(tl.float32)
+        up = tl.load(h_ptr + h_at + F, mask=out, other=0.0).to(tl.float32)
+        sigmoid = tl.sigmoid(gate)
+        silu = gate * sigmoid
+        a = silu * up
+        weighted = weight * da
+        dgate = weighted * up * (sigmoid + silu * (1 - sigmoid))
+        tl.store(dh_ptr + h_at, dgate.to(dh_ptr.dtype.element_ty), mask=out)
+        tl.store(dh_ptr + h_at + F, (weighted * silu).to(dh_ptr.dtype.element_ty), mask=out)
+    else:
+        h = tl.load(h_ptr + h_at, mask=out, other=0.0).to(tl.float32)
+        a = _gelu(h)
+        cdf = 0.5 * (1 + tl.erf(h * 0.7071067811865476))
+        density = 0.3989422804014327 * tl.exp(-0.5 * h * h)
+        tl.store(dh_ptr + h_at, (weight * da * (cdf + h * density)).to(dh_ptr.dtype.element_ty), mask=out)
+    a_at = row[:, None].to(tl.int64) * F + col[None, :]
+    tl.store(a_ptr + a_at, (weight * a).to(a_ptr.dtype.element_ty), mask=out)
+    # Columns past F repeat others (the weights' loads stay inside by col % F), so they must not count.
+    return tl.sum(tl.where(out, da * a, 0.0), axis=1)
+
+
+@triton.jit
+def activation_kernel(
+    dy_ptr, w_ptr, h_ptr, weights_ptr, dh_ptr, a_ptr, dweights_ptr,
+    tokens_ptr, offsets_ptr, experts_ptr, starts_ptr, total_ptr,
+    N, D, F, stride_dy,
+    GATED: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    """Backward through down-projection and activation: dh (N, H), weight * a (N, F), and d(weight) in parts.
+
+    Each column tile writes its own part of d(weight), row ``n`` of (num_n, N); adding them up later keeps the order fixed.
+    """
+    num_m = tl.load(total_ptr)
+    num_n = tl.cdiv(F, BLOCK_N)
+    k_range = tl.arange(0, BLOCK_K)
+    for tile in range(tl.program_id(0), num_m * num_n, tl.num_programs(0)):
+        m, n = _place(tile, num_m, num_n, GROUP_M)
+        expert, start = tl.load(experts_ptr + m), tl.load(starts_ptr + m)
+        stop = tl.load(offsets_ptr + expert + 1)
+        row = start + tl.arange(0, BLOCK_M)
+        col = n * BLOCK_N + tl.arange(0, BLOCK_N)
+        token = tl.load(tokens_ptr + row, mask=row < stop, other=0).to(tl.int64)
+        dy_at = dy_ptr + token[:, None] * stride_dy + k_range[None, :]
+        w_at = w_ptr + expert.to(tl.int64) * D * F + k_range[:, None].to(tl.int64) * F + (col % F)[None, :]
+        da = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for k in range(0, D, BLOCK_K):
+            inside = k_range < D - k
+            dy = tl.load(dy_at, mask=inside[None, :], other=0.0)
+            w = tl.load(w_at, mask=inside[:, None], other=0.0)
+            da = _dot(dy, w, da, PRECISION)
+            dy_at += BLOCK_K
+            w_at += BLOCK_K * F
+        inside = row < stop
+        weight = tl.load(weights_ptr + row, mask=inside, other=0.0)
+        # In halves: the whole tile with its gate, up-projection and results would not fit the registers.
+        da_0, da_1 = _halves(da)
+        half = n * BLOCK_N + tl.arange(0, BLOCK_N // 2)
+        dweight = _activation_half(da_0, h_ptr, dh_ptr, a_ptr, weight, row, inside, half, F, GATED)
+        dweight += _activation_half(da_1, h_ptr, dh_ptr, a_ptr, weight, row, inside, half + BLOCK_N // 2, F, GATED)
+        tl.store(dweights_ptr + n.to(tl.int64) * N + row, dweight, mask=inside)
+
+
+@triton.jit
+def weight_kernel(
+    left_ptr, right_ptr, out_ptr, tokens_ptr, offsets_ptr,
+    E, P, Q, stride_left, stride_right,
+    GATHER_LEFT: tl.constexpr, GATHER_RIGHT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    """out (E, P, Q) = left^T right over each expert's rows; an expert without rows gets zeros.
+
+    One of the sides may be rows of tokens, gathered while loading.
+    """
+    num_m, num_n = tl.cdiv(P, BLOCK_M), tl.cdiv(Q, BLOCK_N)
+    k_range = tl.arange(0, BLOCK_K)
+    for tile in range(tl.program_id(0), E * num_m * num_n, tl.num_programs(0)):
+        expert = tile // (num_m * num_n)
+        m, n = _place(tile % (num_m * num_n), num_m, num_n, GROUP_M)
+        start, stop = tl.load(offsets_ptr + expert), tl.load(offsets_ptr + expert + 1)
+        p, q = m * BLOCK_M + tl.arange(0, BLOCK_M), n * BLOCK_N + tl.arange(0, BLOCK_N)
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for first in range(start, stop, BLOCK_K):
+            row = first + k_range
+            inside = row < stop
+            left_row, right_row = row.to(tl.int64), row.to(tl.int64)
+            if GATHER_LEFT:
+                left_row = tl.load(tokens_ptr + row, mask=inside, other=0).to(tl.int64)
+            if GATHER_RIGHT:
+                right_row = tl.load(tokens_ptr + row, mask=inside, other=0).to(tl.int64)
+            left_at = left_ptr + left_row[None, :] * stride_left + (p % P)[:, None]
+            right_at = right_ptr + right_row[:, None] * stride_right + (q % Q)[None, :]
+            left = tl.load(left_at, mask=inside[None, :], other=0.0)
+            right = tl.load(right_at, mask=inside[:, None], other=0.0)
+            acc = _dot(left, right, acc, PRECISION)
+        out_at = out_ptr + expert.to(tl.int64) * P * Q + p[:, None].to(tl.int64) * Q + q[None, :]
+        tl.store(out_at, acc.to(out_ptr.dtype.element_ty), mask=(p < P)[:, None] & (q < Q)[None, :])
+
+
+@triton.jit
+def _weighted_row(rows_ptr, weights_ptr, bag_ptr, d, D, WEIGHTED: tl.constexpr):
+    row = tl.load(bag_ptr).to(tl.int64)
+    value = tl.load(rows_ptr + row * D + d, mask=d < D, other=0.0).to(tl.float32)
+    if WEIGHTED:
+        value *= tl.load(weights_ptr + row)
+    return value
+
+
+@triton.jit
+def combine_kernel(
+    rows_ptr, weights_ptr, bags_ptr, bag_offsets_ptr, out_ptr, D,
+    TOP_K: tl.constexpr, WEIGHTED: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """out[t] = sum of the rows of token t, times their weights if there are any; fp32 sums in the order of the list."""
+    token, d = tl.program_id(0), tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    acc = tl.zeros((BLOCK_D,), tl.float32)
+    if TOP_K > 0:
+        bag_ptr = bags_ptr + token.to(tl.int64) * TOP_K
+        for k in tl.static_range(TOP_K):  # unrolled, so that all rows are on their way at once
+            acc += _weighted_row(rows_ptr, weights_ptr, bag_ptr + k, d, D, WEIGHTED)
+    else:
+        for n in range(tl.load(bag_offsets_ptr + token), tl.load(bag_offsets_ptr + token + 1)):
+            acc += _weighted_row(rows_ptr, weights_ptr, bags_ptr + n, d, D, WEIGHTED)
+    tl.store(out_ptr + token.to(tl.int64) * D + d, acc.to(out_ptr.dtype.element_ty), mask=d < D)

@@ -1,0 +1,250 @@
+"""The expert FFN in Triton as `torch.library` custom ops, so that autograd and ``torch.compile`` see one op each way.
+
+Saved for backward: x, the pre-activation, the indices and the weights' matrices. The gradient of a combine weight is <dA, A>, so
+the experts' output (N, D) is neither kept nor recomputed.
+
+Legend: T tokens, D model, F expert FFN, H = 2F (SwiGLU) or F (GELU), E experts, N assignments.
+"""
+
+import contextlib
+
+import torch
+import triton
+from torch import Tensor
+
+from moe.kernels import triton_gemm as gemm
+from moe.kernels.triton_plan import Plan, Tiles, make_plan, make_tiles
+from moe.kernels.triton_tuning import Blocks, blocks_for
+from moe.types import Routing
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _device(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Triton launches on the current device, which need not be the tensor's."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def _precision(dtype: torch.dtype) -> str:
+    """Of fp32 products: as torch's own matmul does them."""
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+def _grid(num_units: int, blocks: Blocks, tensor: Tensor) -> tuple[int]:
+    if blocks.per_sm and tensor.is_cuda:
+        processors = torch.cuda.get_device_properties(tensor.device).multi_processor_count
+        num_units = min(num_units, blocks.per_sm * processors)
+    return (max(num_units, 1),)
+
+
+class _Launcher:
+    """What the kernels of one call share: shapes, dtype, the plan, and the tiles made so far by number of rows."""
+
+    def __init__(self, x_TD: Tensor, plan: Plan, w_down_EDF: Tensor, activation: str) -> None:
+        self.plan, self.x_TD, self.gated = plan, x_TD, activation == "swiglu"
+        self.num_experts, self.dim, self.width = w_down_EDF.shape
+        self.height = (2 if self.gated else 1) * self.width
+        self.num_rows = plan.order_N.numel()
+        self._tiles: dict[int, Tiles] = {}
+
+    def blocks(self, kernel: str) -> Blocks:
+        return blocks_for(kernel, self.num_rows, self.num_experts, self.x_TD.dtype)
+
+    def _tiled(self, blocks: Blocks) -> Tiles:
+        if blocks.m not in self._tiles:
+            self._tiles[blocks.m] = make_tiles(self.plan, blocks.m)
+        return self._tiles[blocks.m]
+
+    def _walk(self, blocks: Blocks, columns: int) -> tuple[tuple[int], Tiles]:
+        tiles = self._tiled(blocks)
+        return _grid(tiles.experts_M.numel() * triton.cdiv(columns, blocks.n), blocks, self.x_TD), tiles
+
+    def up(self, w_up_EHD: Tensor, save_h: bool) -> tuple[Tensor, Tensor]:
+        """Pre-activation (N, H), or an empty tensor, and activation (N, F)."""
+        blocks, x_TD = self.blocks("up"), self.x_TD
+        grid, tiles = self._walk(blocks, self.width)
+        h_NH = x_TD.new_empty(self.num_rows if save_h else 0, self.height)
+        a_NF = x_TD.new_empty(self.num_rows, self.width)
+        gemm.up_kernel[grid](
+            x_TD, w_up_EHD, h_NH, a_NF, self.plan.token_ids_N, self.plan.offsets_E1,
+            tiles.experts_M, tiles.starts_M, tiles.total_1, self.dim, self.width, x_TD.stride(0),
+            GATED=self.gated, SAVE_H=save_h, PRECISION=_precision(x_TD.dtype), **blocks.meta(),
+        )  # fmt: skip
+        return h_NH, a_NF
+
+    def rows(self, rows_NK: Tensor, weight_EKC: Tensor) -> Tensor:
+        """Rows times their expert's (K, C) matrix: (N, C). The matrix may be a transposed view."""
+        blocks, columns = self.blocks("rows"), weight_EKC.shape[2]
+        grid, tiles = self._walk(blocks, columns)
+        out_NC = rows_NK.new_empty(self.num_rows, columns)
+        gemm.rows_kernel[grid](
+            rows_NK, weight_EKC, out_NC, self.plan.offsets_E1, tiles.experts_M, tiles.starts_M, tiles.total_1,
+            columns, rows_NK.shape[1], weight_EKC.stride(0), weight_EKC.stride(2), weight_EKC.stride(1),
+            PRECISION=_precision(rows_NK.dtype), **blocks.meta(),
+        )  # fmt: skip
+        return out_NC
+
+    def activation(self, dy_TD: Tensor, w_down_EDF: Tensor, h_NH: Tensor, weights_N: Tensor) -> list[Tensor]:
+        """dh (N, H), weight * a (N, F) and d(weight) (N,) fp32, in sorted order."""
+        blocks = self.blocks("activation")
+        grid, tiles = self._walk(blocks, self.width)
+        dh_NH, a_NF = torch.empty_like(h_NH), h_NH.new_empty(self.num_rows, self.width)
+        num_parts = triton.cdiv(self.width, blocks.n)
+        dweights = torch.empty(num_parts, self.num_rows, dtype=torch.float32, device=h_NH.device)
+        gemm.activation_kernel[grid](
+            dy_TD, w_down_EDF, h_NH, weights_N, dh_NH, a_NF, dweights, self.plan.token_ids_N, self.plan.offsets_E1,
+            tiles.experts_M, tiles.starts_M, tiles.total_1, self.num_rows, self.dim, self.width, dy_TD.stride(0),
+            GATED=self.gated, PRECISION=_precision(h_NH.dtype), **blocks.meta(),
+        )  # fmt: skip
+        return [dh_NH, a_NF, dweights.sum(0)]
+
+    def weight(self, left: Tensor, right: Tensor, gather_left: bool, gather_right: bool) -> Tensor:
+        """left^T right over each expert's rows: (E, P, Q); a gathered side is (T, ...), the other (N, ...)."""
+        blocks, rows, columns = self.blocks("weight"), left.shape[1], right.shape[1]
+        out_EPQ = left.new_empty(self.num_experts, rows, columns)
+        units = self.num_experts * triton.cdiv(rows, blocks.m) * triton.cdiv(columns, blocks.n)
+        gemm.weight_kernel[_grid(units, blocks, left)](
+            left, right, out_EPQ, self.plan.token_ids_N, self.plan.offsets_E1,
+            self.num_experts, rows, columns, left.stride(0), right.stride(0),
+            GATHER_LEFT=gather_left, GATHER_RIGHT=gather_right, PRECISION=_precision(left.dtype), **blocks.meta(),
+        )  # fmt: skip
+        return out_EPQ
+
+
+def _combine(
+    rows_ND: Tensor, weights_N: Tensor | None, bags_N: Tensor, bag_offsets: Tensor, num_tokens: int, top_k: int
+) -> Tensor:
+    """Sum of each token's rows, (T, D)."""
+    dim = rows_ND.shape[1]
+    out_TD = rows_ND.new_empty(num_tokens, dim)
+    block = min(triton.next_power_of_2(dim), 2048)
+    if num_tokens:
+        gemm.combine_kernel[(num_tokens, triton.cdiv(dim, block))](
+            rows_ND, weights_N, bags_N, bag_offsets, out_TD, dim,
+            TOP_K=top_k, WEIGHTED=weights_N is not None, BLOCK_D=block, num_warps=4 if block <= 1024 else 8,
+        )  # fmt: skip
+    return out_TD
+
+
+def _bags(token_ids_N: Tensor, position_N: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
+    """Sorted positions grouped by token, and where each token's begin (T + 1), for routings of varying K."""
+    bags_N = position_N[token_ids_N.argsort(stable=True)]
+    ends_T = torch.bincount(token_ids_N, minlength=num_tokens).cumsum(0).to(torch.int32)
+    return bags_N, torch.cat([ends_T.new_zeros(1), ends_T])
+
+
+@torch.library.custom_op("moe::expert_ffn", mutates_args=())
+def _forward(
+    x_TD: Tensor, weights_N: Tensor, w_up_EHD: Tensor, w_down_EDF: Tensor, expert_ids_N: Tensor, token_ids_N: Tensor,
+    top_k: int, activation: str, save: bool,
+) -> list[Tensor]:  # fmt: skip
+    """y (T, D), then what backward needs: h, order, position, tokens, offsets, bags, bag offsets, sorted weights.
+
+    ``top_k`` is 0 where it varies from token to token; bags are empty where it does not.
+    """
+    num_tokens = x_TD.shape[0]
+    with _device(x_TD):
+        plan = make_plan(expert_ids_N, token_ids_N, w_up_EHD.shape[0])
+        launcher = _Launcher(x_TD, plan, w_down_EDF, activation)
+        sorted_weights_N = weights_N[plan.order_N]
+        bags_N, bag_offsets = plan.position_N.new_empty(0), plan.position_N.new_empty(0)
+        if not top_k:
+            bags_N, bag_offsets = _bags(token_ids_N, plan.position_N, num_tokens)
+        h_NH, a_NF = launcher.up(w_up_EHD, save)
+        y_ND = launcher.rows(a_NF, w_down_EDF.transpose(1, 2))
+        used_N = plan.position_N if top_k else bags_N
+        y_TD = _combine(y_ND, sorted_weights_N, used_N, bag_offsets, num_tokens, top_k)
+    indices = [plan.order_N, plan.position_N, plan.token_ids_N, plan.offsets_E1]
+    return [y_TD, h_NH, *indices, bags_N, bag_offsets, sorted_weights_N]
+
+
+@_forward.register_fake
+def _(
+    x_TD: Tensor, weights_N: Tensor, w_up_EHD: Tensor, w_down_EDF: Tensor, expert_ids_N: Tensor, token_ids_N: Tensor,
+    top_k: int, activation: str, save: bool,
+) -> list[Tensor]:  # fmt: skip
+    num_rows, (num_experts, height) = expert_ids_N.shape[0], w_up_EHD.shape[:2]
+
+    def ints(size: int) -> Tensor:
+        return expert_ids_N.new_empty(size, dtype=torch.int32)
+
+    indices = [ints(num_rows), ints(num_rows), ints(num_rows), ints(num_experts + 1)]
+    bags = [ints(0 if top_k else num_rows), ints(0 if top_k else x_TD.shape[0] + 1)]
+    h_NH = x_TD.new_empty(num_rows if save else 0, height)
+    return [torch.empty_like(x_TD), h_NH, *indices, *bags, torch.empty_like(weights_N)]
+
+
+@torch.library.custom_op("moe::expert_ffn_backward", mutates_args=())
+def _backward(
+    dy_TD: Tensor, x_TD: Tensor, w_up_EHD: Tensor, w_down_EDF: Tensor, saved: list[Tensor], top_k: int, activation: str,
+    needs: list[bool],
+) -> list[Tensor]:  # fmt: skip
+    """dx, d(weights), dw_up, dw_down; empty where ``needs`` (x, w_up, w_down) says no."""
+    h_NH, order_N, position_N, tokens_N, offsets_E1, bags_N, bag_offsets, weights_N = saved
+    plan = Plan(order_N=order_N, position_N=position_N, token_ids_N=tokens_N, offsets_E1=offsets_E1)
+    dx_TD, dw_up_EHD, dw_down_EDF = x_TD.new_empty(0), x_TD.new_empty(0), x_TD.new_empty(0)
+    with _device(x_TD):
+        launcher = _Launcher(x_TD, plan, w_down_EDF, activation)
+        dh_NH, a_NF, dweights_N = launcher.activation(dy_TD, w_down_EDF, h_NH, weights_N)
+        if needs[0]:
+            dx_ND = launcher.rows(dh_NH, w_up_EHD)
+            dx_TD = _combine(dx_ND, None, position_N if top_k else bags_N, bag_offsets, x_TD.shape[0], top_k)
+        if needs[1]:
+            dw_up_EHD = launcher.weight(dh_NH, x_TD, False, True)
+        if needs[2]:
+            dw_down_EDF = launcher.weight(dy_TD, a_NF, True, False)
+    return [dx_TD, dweights_N[position_N], dw_up_EHD, dw_down_EDF]
+
+
+@_backward.register_fake
+def _(
+    dy_TD: Tensor, x_TD: Tensor, w_up_EHD: Tensor, w_down_EDF: Tensor, saved: list[Tensor], top_k: int, activation: str,
+    needs: list[bool],
+) -> list[Tensor]:  # fmt: skip
+    leaves = (x_TD, w_up_EHD, w_down_EDF)
+    dx, dw_up, dw_down = (
+        torch.empty_like(leaf) if need else leaf.new_empty(0) for leaf, need in zip(leaves, needs, strict=True)
+    )
+    return [dx, torch.empty_like(saved[-1]), dw_up, dw_down]
+
+
+def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    x_TD, _, w_up_EHD, w_down_EDF, _, _, ctx.top_k, ctx.activation, _ = inputs
+    ctx.save_for_backward(x_TD, w_up_EHD, w_down_EDF, *output[1:])
+
+
+def _autograd(ctx, gradients):  # type: ignore[no-untyped-def]
+    x_TD, w_up_EHD, w_down_EDF, *saved = ctx.saved_tensors
+    needs_x, needs_weights, needs_up, needs_down = ctx.needs_input_grad[:4]
+    dx, dweights, dw_up, dw_down = _backward(
+        gradients[0].contiguous(), x_TD, w_up_EHD, w_down_EDF, saved, ctx.top_k, ctx.activation,
+        [needs_x, needs_up, needs_down],
+    )  # fmt: skip
+    found = (dx if needs_x else None, dweights if needs_weights else None)
+    return *found, dw_up if needs_up else None, dw_down if needs_down else None, None, None, None, None, None
+
+
+torch.library.register_autograd("moe::expert_ffn", _autograd, setup_context=_setup_context)
+
+
+def problem(device_type: str, dtype: torch.dtype) -> str | None:
+    """Why these kernels cannot run on such tensors; None where they can."""
+    if dtype not in DTYPES:
+        return f"dtype {dtype} is none of {', '.join(str(known) for known in DTYPES)}"
+    if device_type == "cpu":
+        return (
+            None if triton.knobs.runtime.interpret else "a CPU tensor needs Triton's interpreter (TRITON_INTERPRET=1)"
+        )
+    if device_type != "cuda":
+        return f"device {device_type} is no NVIDIA GPU"
+    capability = torch.cuda.get_device_capability()
+    return None if capability >= (8, 0) else f"compute capability {capability} is below 8.0"
+
+
+def expert_ffn(x_TD: Tensor, routing: Routing, w_up_EHD: Tensor, w_down_EDF: Tensor, activation: str) -> Tensor:
+    """See `ops.expert_ffn`."""
+    weights_N = routing.weights_N.float().contiguous()
+    leaves = (x_TD.contiguous(), weights_N, w_up_EHD.contiguous(), w_down_EDF.contiguous())
+    save = torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves)
+    outputs = _forward(*leaves, routing.expert_ids_N, routing.token_ids_N, routing.top_k or 0, activation, save)
+    return outputs[0]

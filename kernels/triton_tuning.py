@@ -1,0 +1,69 @@
+"""Block sizes of the Triton kernels: one table, chosen by what the shapes are like and never by the exact token count.
+
+Keys are the kernel, how many rows an expert has on average ("many" from 96, "some" from 32, else "few"), and the width of the
+dtype. So a step with other tokens runs the kernels that are compiled already.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Blocks:
+    """How one kernel is cut.
+
+    Attributes:
+        m, n, k: block sizes; m are rows (for "weight" the rows of the gradient), k the reduced dimension.
+        group: row tiles that run together to share weights in the L2 cache.
+        warps, stages: warps per program, depth of the software pipeline.
+        per_sm: programs per multiprocessor of a persistent grid; 0 gives each tile a program.
+    """
+
+    m: int
+    n: int
+    k: int
+    group: int = 8
+    warps: int = 8
+    stages: int = 3
+    per_sm: int = 0
+
+    def meta(self) -> dict[str, int]:
+        """Keyword arguments of a launch."""
+        return {
+            "BLOCK_M": self.m,
+            "BLOCK_N": self.n,
+            "BLOCK_K": self.k,
+            "GROUP_M": self.group,
+            "num_warps": self.warps,
+            "num_stages": self.stages,
+        }
+
+
+# Not yet measured on a GPU: sizes that fit Hopper's registers and shared memory without spills (checked by compiling for it).
+_HALF = {
+    ("up", "many"): Blocks(m=128, n=128, k=64, stages=3),
+    ("up", "some"): Blocks(m=64, n=128, k=64, warps=8, stages=3),
+    ("up", "few"): Blocks(m=16, n=128, k=128, warps=4, stages=3),
+    ("rows", "many"): Blocks(m=128, n=256, k=64, stages=3),
+    ("rows", "some"): Blocks(m=64, n=256, k=64, warps=8, stages=3),
+    ("rows", "few"): Blocks(m=16, n=128, k=128, warps=4, stages=4),
+    ("activation", "many"): Blocks(m=128, n=128, k=64, stages=3),
+    ("activation", "some"): Blocks(m=64, n=128, k=64, warps=8, stages=3),
+    ("activation", "few"): Blocks(m=16, n=128, k=128, warps=4, stages=3),
+    ("weight", "many"): Blocks(m=128, n=256, k=64, stages=3),
+    ("weight", "some"): Blocks(m=128, n=128, k=32, warps=8, stages=3),
+    ("weight", "few"): Blocks(m=128, n=128, k=16, warps=8, stages=3),
+}
+_FULL = {
+    (kernel, rows): Blocks(m=16 if rows == "few" else 64, n=64, k=32, warps=4, stages=3)
+    for kernel in ("up", "rows", "activation", "weight")
+    for rows in ("many", "some", "few")
+}
+
+
+def blocks_for(kernel: str, num_rows: int, num_experts: int, dtype: torch.dtype) -> Blocks:
+    """Block sizes of ``kernel`` ("up", "rows", "activation", "weight") for ``num_rows`` rows over ``num_experts`` experts."""
+    mean = num_rows / max(num_experts, 1)
+    rows = "many" if mean >= 96 else "some" if mean >= 32 else "few"
+    return (_HALF if dtype.itemsize <= 2 else _FULL)[kernel, rows]
