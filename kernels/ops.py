@@ -9,7 +9,6 @@ Legend: T tokens, D model, F expert FFN, H = 2F (SwiGLU) or F (GELU), E experts,
 """
 
 import functools
-import importlib
 import os
 import warnings
 from collections.abc import Callable
@@ -17,29 +16,30 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from moe.kernels import grouped, reference
 from moe.types import Routing
 
-_MODULES = {
-    "reference": "moe.kernels.reference",
-    "grouped": "moe.kernels.grouped",
-    "triton": "moe.kernels.triton_ops",
+try:
+    from moe.kernels import triton_ops
+except ImportError as error:  # Triton is made for Linux, and the layer works without it
+    _IMPORT_ERROR: str | None = str(error)
+else:
+    _IMPORT_ERROR = None
+
+_EXPERT_FFN: dict[str, Callable[[Tensor, Routing, Tensor, Tensor, str], Tensor]] = {
+    "reference": reference.expert_ffn,
+    "grouped": grouped.expert_ffn,
 }
-
-ExpertFFN = Callable[[Tensor, Routing, Tensor, Tensor, str], Tensor]
-
-
-@functools.cache
-def _implementation(name: str) -> ExpertFFN:
-    """Loaded when it is first used: Triton may be missing, and its import takes a while."""
-    return importlib.import_module(_MODULES[name]).expert_ffn
+if _IMPORT_ERROR is None:
+    _EXPERT_FFN["triton"] = triton_ops.expert_ffn
+NAMES = ("grouped", "reference", "triton")
 
 
+@torch.compiler.assume_constant_result
 def _triton_problem(device_type: str, dtype: torch.dtype) -> str | None:
     """Why the Triton kernels cannot run; None where they can."""
-    try:
-        from moe.kernels import triton_ops
-    except ImportError as error:
-        return f"triton cannot be imported ({error})"
+    if _IMPORT_ERROR is not None:
+        return f"triton cannot be imported ({_IMPORT_ERROR})"
     return triton_ops.problem(device_type, dtype)
 
 
@@ -62,8 +62,8 @@ def chosen(device_type: str = "cpu", dtype: torch.dtype = torch.float32) -> str:
             _warn_once(problem)
             return "grouped"
         return "triton"
-    if name not in _MODULES:
-        raise ValueError(f"MOE_KERNELS={name!r} is unknown; use one of {sorted(_MODULES)}, or unset it")
+    if name not in NAMES:
+        raise ValueError(f"MOE_KERNELS={name!r} is unknown; use one of {list(NAMES)}, or unset it")
     if name == "triton" and (problem := _triton_problem(device_type, dtype)):
         raise ValueError(f"MOE_KERNELS='triton' cannot run: {problem}; unset it to let the device decide")
     return name
@@ -84,5 +84,4 @@ def expert_ffn(x_TD: Tensor, routing: Routing, w_up_EHD: Tensor, w_down_EDF: Ten
     """
     if activation not in ("swiglu", "gelu"):
         raise ValueError(f"activation={activation!r} is unknown; use 'swiglu' or 'gelu'")
-    name = chosen(x_TD.device.type, x_TD.dtype)
-    return _implementation(name)(x_TD, routing, w_up_EHD, w_down_EDF, activation)
+    return _EXPERT_FFN[chosen(x_TD.device.type, x_TD.dtype)](x_TD, routing, w_up_EHD, w_down_EDF, activation)

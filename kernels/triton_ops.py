@@ -129,7 +129,8 @@ def _combine(
 def _bags(token_ids_N: Tensor, position_N: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
     """Sorted positions grouped by token, and where each token's begin (T + 1), for routings of varying K."""
     bags_N = position_N[token_ids_N.argsort(stable=True)]
-    ends_T = torch.bincount(token_ids_N, minlength=num_tokens).cumsum(0).to(torch.int32)
+    sizes_T = token_ids_N.new_zeros(num_tokens).scatter_add_(0, token_ids_N, torch.ones_like(token_ids_N))
+    ends_T = sizes_T.cumsum(0).to(torch.int32)
     return bags_N, torch.cat([ends_T.new_zeros(1), ends_T])
 
 

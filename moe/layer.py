@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from moe.errors import nearest
 from moe.experts import ExpertBank, SharedExperts
-from moe.observe import LayerStats, RoutingContext, attach_loss, optimizer_steps
+from moe.observe import LayerStats, RoutingContext, attach_loss, new_listener, optimizer_steps
 from moe.routers import StepLoad, losses, parse_router
 from moe.routers.assemble import routing_of_choices
 from moe.routers.balance import BalanceConfig, update_bias
@@ -172,6 +172,7 @@ class MoELayer(nn.Module):
         self.stats = LayerStats()
         self._global_counts_E: Tensor | None = None
         self._router_version: int | None = None
+        self._listener = new_listener(self)
         self.reset_parameters(0.02)
 
     def reset_parameters(self, std: float) -> None:
@@ -185,7 +186,8 @@ class MoELayer(nn.Module):
         """(..., D) -> (..., D). The second-last dimension is the sequence where the balance loss is per sequence."""
         num_sequences = max(x.shape[:-2].numel(), 1) if x.dim() > 2 else 1
         x_TD = x.reshape(-1, self.dim)
-        if self.training:  # before routing: a checkpointed forward that runs again must find the same selection bias
+        if self.training and not torch.compiler.is_compiling():
+            # Before routing: a checkpointed forward that runs again must find the same selection bias.
             notice_optimizer_step([self])
         info = TokenInfo(
             num_sequences=num_sequences, keep_T=self.context.token_mask_T, input_ids_T=self.context.input_ids_T
@@ -231,7 +233,7 @@ class MoELayer(nn.Module):
         if ids_GM is None:
             return y_GMD.view_as(x_TD)
         y_TD = torch.zeros_like(x_TD, dtype=y_GMD.dtype)
-        return y_TD.index_add(0, ids_GM.view(-1), y_GMD.view(-1, self.dim))
+        return y_TD.index_add(0, ids_GM.reshape(-1), y_GMD.view(-1, self.dim))
 
     def _apply_capacity(self, routing: Routing) -> Routing:
         factor = self.spec.capacity_factor if self.training else self.spec.eval_capacity_factor
@@ -259,14 +261,21 @@ class MoELayer(nn.Module):
         scalars["dropped"] = torch.as_tensor(num_dropped, dtype=torch.float32, device=y_TD.device)
         scalars["assigned"] = counts_E.sum().float()
         scalars["tokens"] = counts_E.new_full((), y_TD.shape[0]).float() if keep_T is None else keep_T.sum().float()
+        counts = [counts_E] if global_counts_E is None else [counts_E, global_counts_E]
+        return attach_loss(y_TD, total, self._listener, counts, scalars)
 
-        def commit() -> None:
-            self.stats.add(counts_E, scalars)
-            if global_counts_E is not None:
-                seen_E = self._global_counts_E
-                self._global_counts_E = global_counts_E if seen_E is None else seen_E + global_counts_E
+    def on_backward(self, counts: list[Tensor], scalars: dict[str, Tensor]) -> None:
+        """Add a micro-batch to the statistics; `attach_loss` calls it in backward."""
+        counts_E, *rest = counts
+        self.stats.add(counts_E, scalars)
+        for global_counts_E in rest:
+            seen_E = self._global_counts_E
+            self._global_counts_E = global_counts_E if seen_E is None else seen_E + global_counts_E
 
-        return attach_loss(y_TD, total, self.context, commit)
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy has statistics of its own."""
+        super().__setstate__(state)
+        self._listener = new_listener(self)
 
     def _balance_losses(
         self, routing: Routing | SoftRouting, counts_E: Tensor, num_sequences: int, keep_T: Tensor | None
@@ -295,7 +304,8 @@ class MoELayer(nn.Module):
         return losses.count_assignments(routing.expert_ids_N, self.num_experts, routing.token_ids_N, keep_T)
 
     def _reduced(self, counts_E: Tensor) -> Tensor:
-        return counts_E if self.reduce_counts is None else self.reduce_counts(counts_E)
+        # A tensor of its own: torch.compile cannot pass one tensor twice to an autograd function.
+        return counts_E.clone() if self.reduce_counts is None else self.reduce_counts(counts_E)
 
     @torch.no_grad()
     def _observations(self, routing: Routing | SoftRouting, keep_T: Tensor | None) -> dict[str, Tensor]:

@@ -6,9 +6,10 @@ losses' gradients in backward. Nobody has to collect them, so they survive activ
 (a checkpointed forward runs twice), so statistics are committed there.
 """
 
-from collections.abc import Callable
+import itertools
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -68,28 +69,69 @@ def record_loss_scale(loss: Tensor, context: RoutingContext, share: Tensor | flo
     return _RecordLossScale.apply(loss, context, share)
 
 
+class MicroBatchListener(Protocol):
+    """What `attach_loss` tells of each micro-batch's backward; an `MoELayer`."""
+
+    context: RoutingContext
+
+    def on_backward(self, counts: list[Tensor], scalars: dict[str, Tensor]) -> None:
+        """Called once per micro-batch, with what was given to `attach_loss`."""
+
+
+# Listeners by number, so that a compiled graph can name one. Weak: a number does not keep a model alive.
+_listeners: WeakValueDictionary[int, MicroBatchListener] = WeakValueDictionary()
+_numbers = itertools.count()
+
+
+def new_listener(listener: MicroBatchListener) -> int:
+    """A number for ``listener``, different for each object."""
+    number = next(_numbers)
+    _listeners[number] = listener
+    return number
+
+
+# An op, so that ``torch.compile`` neither looks inside nor runs it while tracing.
+@torch.library.custom_op("moe::on_backward", mutates_args=())
+def _on_backward(listener: int, names: str, counts: list[Tensor], scalars: list[Tensor]) -> Tensor:
+    """Tell the listener; returns the loss scale, () fp32."""
+    owner = _listeners[listener]
+    owner.on_backward(counts, dict(zip(names.split(","), scalars, strict=True)))
+    return torch.as_tensor(owner.context.loss_scale, device=scalars[0].device, dtype=torch.float32).clone()
+
+
+@_on_backward.register_fake
+def _(listener: int, names: str, counts: list[Tensor], scalars: list[Tensor]) -> Tensor:
+    return scalars[0].new_empty((), dtype=torch.float32)
+
+
 class _AttachLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, y_TD: Tensor, loss: Tensor, context: RoutingContext, on_backward: Callable[[], None]
+        ctx: Any, y_TD: Tensor, loss: Tensor, listener: int, names: str, num_counts: int, *observed: Tensor
     ) -> Tensor:
-        ctx.context, ctx.on_backward = context, on_backward
-        ctx.save_for_backward(loss)
+        ctx.listener, ctx.names, ctx.num_counts = listener, names, num_counts
+        ctx.save_for_backward(*observed)
         return y_TD.detach()  # same memory but no view, so that a residual may be added in place
 
     @staticmethod
     def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:
         # Under non-reentrant checkpointing, asking for a saved tensor runs the forward again. That must come before the
-        # commit: the forward would find its own counts among those of earlier micro-batches.
-        _ = ctx.saved_tensors
-        ctx.on_backward()
-        scale = torch.as_tensor(ctx.context.loss_scale, device=dy_TD.device, dtype=torch.float32)
-        return dy_TD, scale, None, None
+        # listener hears of it: the forward would find its own counts among those of earlier micro-batches.
+        observed = list(ctx.saved_tensors)
+        scale = _on_backward(ctx.listener, ctx.names, observed[: ctx.num_counts], observed[ctx.num_counts :])
+        return dy_TD, scale, None, None, None, *[None] * len(observed)
 
 
-def attach_loss(y_TD: Tensor, loss: Tensor, context: RoutingContext, on_backward: Callable[[], None]) -> Tensor:
-    """Identity on ``y_TD``; in backward, starts the gradient of ``loss`` and calls ``on_backward`` once."""
-    return _AttachLoss.apply(y_TD, loss, context, on_backward)
+def attach_loss(y_TD: Tensor, loss: Tensor, listener: int, counts: list[Tensor], scalars: dict[str, Tensor]) -> Tensor:
+    """Identity on ``y_TD``; in backward, starts the gradient of ``loss`` and tells the listener of that number, once.
+
+    Args:
+        y_TD: what the loss is attached to.
+        loss: () fp32.
+        listener: of `new_listener`.
+        counts, scalars: detached tensors to tell it; at least one scalar, no comma in their names.
+    """
+    return _AttachLoss.apply(y_TD, loss, listener, ",".join(scalars), len(counts), *counts, *scalars.values())
 
 
 @dataclass

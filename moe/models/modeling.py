@@ -136,7 +136,8 @@ class MoEForCausalLM(PreTrainedModel, GenerationMixin):
             mask_T = attention_mask.reshape(-1).bool()
         self.routing_context.token_mask_T = mask_T
         self.routing_context.input_ids_T = None if input_ids is None else input_ids.reshape(-1)
-        if self.training:  # all layers at once, since some routers look at the whole model's load
+        if self.training and not torch.compiler.is_compiling():
+            # All layers at once, since some routers look at the whole model's load.
             notice_optimizer_step(list(moe_layers(self).values()))
         if use_cache is None:  # the decoder would look in its own config only
             use_cache = getattr(self.config, "use_cache", None)

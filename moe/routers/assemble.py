@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe.routers.losses import count_assignments
 from moe.types import Routing
 
 
@@ -28,7 +29,7 @@ def routing_of_choices(expert_ids_TK: Tensor, weights_TK: Tensor, num_experts: i
         token_ids_N=torch.arange(num_tokens, device=expert_ids_N.device).repeat_interleave(top_k),
         expert_ids_N=expert_ids_N,
         weights_N=weights_TK.reshape(-1),
-        counts_E=torch.bincount(expert_ids_N, minlength=num_experts),
+        counts_E=count_assignments(expert_ids_N, num_experts),
         top_k=top_k,
         **rest,
     )

@@ -10,12 +10,18 @@ import torch
 from torch import Tensor
 
 
-def count_assignments(expert_ids_N: Tensor, num_experts: int, token_ids_N: Tensor, keep_T: Tensor | None) -> Tensor:
-    """(E,) int64 assignments per expert, of the tokens where ``keep_T`` (bool) is set if it is given."""
-    if keep_T is None:
-        return torch.bincount(expert_ids_N, minlength=num_experts)
-    kept_N = keep_T[token_ids_N].to(torch.float64)
-    return torch.bincount(expert_ids_N, weights=kept_N, minlength=num_experts).to(torch.int64)
+def count_assignments(
+    expert_ids_N: Tensor, num_experts: int, token_ids_N: Tensor | None = None, keep_T: Tensor | None = None
+) -> Tensor:
+    """(E,) int64 assignments per expert, of the tokens where ``keep_T`` (bool) is set if it is given.
+
+    Not `torch.bincount`: that waits for the device to say how large its result is.
+    """
+    kept_N = torch.ones_like(expert_ids_N)
+    if keep_T is not None:
+        assert token_ids_N is not None
+        kept_N = keep_T[token_ids_N].to(torch.int64)
+    return expert_ids_N.new_zeros(num_experts).scatter_add_(0, expert_ids_N, kept_N)
 
 
 def masked_mean(values_T: Tensor, keep_T: Tensor | None) -> Tensor:

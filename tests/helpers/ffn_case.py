@@ -1,5 +1,7 @@
 """Inputs of `expert_ffn`, and its output with every gradient by an implementation or by the oracle."""
 
+import os
+import random
 from dataclasses import dataclass, replace
 
 import torch
@@ -68,13 +70,26 @@ def make_case(
     )
 
 
+def fixed_k(num_tokens: int, num_experts: int, top_k: int, **kwargs: object) -> Case:
+    """Every token to K different experts at random."""
+    rng = random.Random(num_tokens * 1000 + num_experts * 10 + top_k)
+    return make_case(
+        [t for t in range(num_tokens) for _ in range(top_k)],
+        [e for _ in range(num_tokens) for e in rng.sample(range(num_experts), top_k)],
+        top_k=top_k,
+        num_tokens=num_tokens,
+        num_experts=num_experts,
+        **kwargs,
+    )
+
+
 def routing_of(case: Case, weights_N: Tensor) -> Routing:
-    expert_ids_N = torch.tensor(case.expert_ids, dtype=torch.int64)
+    expert_ids_N = torch.tensor(case.expert_ids, dtype=torch.int64, device=weights_N.device)
     num_experts = case.w_up_EHD.shape[0]
     return Routing(
         num_tokens=case.x_TD.shape[0],
         num_experts=num_experts,
-        token_ids_N=torch.tensor(case.token_ids, dtype=torch.int64),
+        token_ids_N=torch.tensor(case.token_ids, dtype=torch.int64, device=weights_N.device),
         expert_ids_N=expert_ids_N,
         weights_N=weights_N,
         counts_E=torch.bincount(expert_ids_N, minlength=num_experts),
@@ -83,9 +98,11 @@ def routing_of(case: Case, weights_N: Tensor) -> Routing:
 
 
 def forward(case: Case, leaves: list[Tensor]) -> Tensor:
-    """`ops.expert_ffn` on ``leaves``."""
-    x_TD, weights_N, w_up_EHD, w_down_EDF = leaves
-    return ops.expert_ffn(x_TD, routing_of(case, weights_N), w_up_EHD, w_down_EDF, case.activation)
+    """`ops.expert_ffn` on ``leaves``; the Triton kernels run on a GPU where there is one."""
+    device = "cuda" if torch.cuda.is_available() and os.environ.get("MOE_KERNELS") == "triton" else "cpu"
+    x_TD, weights_N, w_up_EHD, w_down_EDF = (leaf.to(device) for leaf in leaves)
+    y_TD = ops.expert_ffn(x_TD, routing_of(case, weights_N), w_up_EHD, w_down_EDF, case.activation)
+    return y_TD.to(leaves[0].device)
 
 
 def run(case: Case, needs: tuple[bool, bool, bool, bool] = (True, True, True, True)) -> dict[str, Tensor | None]:

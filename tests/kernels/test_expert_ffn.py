@@ -1,12 +1,11 @@
 """`ops.expert_ffn` of each implementation against the float64 double loop: output and every gradient."""
 
 import itertools
-import random
 
 import pytest
 import torch
 from helpers.close import assert_close
-from helpers.ffn_case import GRADIENTS, Case, check, expect, forward, make_case, routing_of, run, with_tensors
+from helpers.ffn_case import GRADIENTS, check, expect, fixed_k, forward, make_case, routing_of, run, with_tensors
 from helpers.triton_blocks import small_blocks
 
 from moe.kernels import grouped, ops, reference
@@ -18,19 +17,6 @@ def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
     if request.param == "triton":
         small_blocks(monkeypatch)
     return request.param
-
-
-def fixed_k(num_tokens: int, num_experts: int, top_k: int, **kwargs: object) -> Case:
-    """Every token to K different experts at random."""
-    rng = random.Random(num_tokens * 1000 + num_experts * 10 + top_k)
-    return make_case(
-        [t for t in range(num_tokens) for _ in range(top_k)],
-        [e for _ in range(num_tokens) for e in rng.sample(range(num_experts), top_k)],
-        top_k=top_k,
-        num_tokens=num_tokens,
-        num_experts=num_experts,
-        **kwargs,
-    )
 
 
 SHAPES = {

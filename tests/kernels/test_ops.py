@@ -12,8 +12,9 @@ from moe.kernels import ops, reference
 
 def test_the_switch_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
     case = make_case([0, 1], [1, 0], top_k=1, num_tokens=2, num_experts=2)
-    monkeypatch.setattr(ops, "_implementation", lambda name: lambda *args: torch.zeros(()) + len(name))
-    for name in ops._MODULES:
+    for name in ops.NAMES:
+        monkeypatch.setitem(ops._EXPERT_FFN, name, lambda *args, name=name: torch.zeros(()) + len(name))
+    for name in ops.NAMES:
         monkeypatch.setenv("MOE_KERNELS", name)
         assert ops.chosen() == name
         assert run(case, (False,) * 4)["y"] == len(name)
@@ -56,7 +57,7 @@ def test_unknown_name_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
         run(case)
 
 
-@pytest.mark.parametrize("name", list(ops._MODULES))
+@pytest.mark.parametrize("name", ops.NAMES)
 def test_unknown_activation_is_an_error(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setenv("MOE_KERNELS", name)
     case = make_case([0], [0], top_k=1, num_tokens=1, num_experts=1, activation="relu")

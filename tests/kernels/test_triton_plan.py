@@ -1,0 +1,72 @@
+"""Sorting and tiling on the device, against torch's sort and a loop; and the ops' own promises to torch."""
+
+import pytest
+import torch
+import triton
+from helpers.ffn_case import fixed_k, routing_of
+from helpers.triton_blocks import small_blocks
+
+from moe.kernels import triton_ops
+from moe.kernels.triton_plan import make_plan, make_tiles
+from moe.kernels.triton_tuning import blocks_for
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def choices(kind: str, num_assignments: int, num_experts: int) -> torch.Tensor:
+    if kind == "uniform":
+        return torch.randint(num_experts, (num_assignments,), device=DEVICE)
+    if kind == "one expert":
+        return torch.full((num_assignments,), num_experts - 1, device=DEVICE)
+    return (torch.rand(num_assignments, device=DEVICE) ** 6 * num_experts).long()  # skewed
+
+
+@pytest.mark.parametrize("kind", ["uniform", "one expert", "skewed"])
+@pytest.mark.parametrize(("num_assignments", "num_experts"), [(0, 3), (1, 1), (37, 5), (300, 20), (65, 130)])
+def test_plan_and_tiles(kind: str, num_assignments: int, num_experts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    small_blocks(monkeypatch)  # several blocks per sort
+    expert_ids_N = choices(kind, num_assignments, num_experts)
+    token_ids_N = torch.randint(1000, (num_assignments,), device=DEVICE)
+    plan = make_plan(expert_ids_N, token_ids_N, num_experts)
+    order_N = expert_ids_N.argsort(stable=True)
+    assert torch.equal(plan.order_N.long(), order_N)
+    assert torch.equal(plan.position_N.long()[order_N], torch.arange(num_assignments, device=DEVICE))
+    assert torch.equal(plan.token_ids_N.long(), token_ids_N[order_N])
+    counts_E = torch.bincount(expert_ids_N, minlength=num_experts)
+    assert plan.offsets_E1.tolist() == [0, *counts_E.cumsum(0).tolist()]
+
+    tiles = make_tiles(plan, rows=16)
+    offsets = plan.offsets_E1.tolist()
+    expected = [(e, start) for e in range(num_experts) for start in range(offsets[e], offsets[e + 1], 16)]
+    total = int(tiles.total_1)
+    assert list(zip(tiles.experts_M[:total].tolist(), tiles.starts_M[:total].tolist(), strict=True)) == expected
+    assert total <= tiles.experts_M.numel() <= num_assignments // 16 + num_experts
+
+
+def test_block_sizes_do_not_depend_on_the_exact_number_of_tokens() -> None:
+    for kernel in ("up", "rows", "activation", "weight"):
+        for dtype in (torch.bfloat16, torch.float32):
+            found = {blocks_for(kernel, rows, 64, dtype) for rows in range(64 * 96, 64 * 4000, 997)}
+            assert len(found) == 1
+            assert blocks_for(kernel, 0, 64, dtype).m <= blocks_for(kernel, 64 * 500, 64, dtype).m
+
+
+@pytest.mark.parametrize("top_k", [2, 0], ids=["fixed", "variable"])
+def test_the_op_keeps_what_it_promises_torch(top_k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Schema, fake implementation and autograd registration agree with what the op does."""
+    monkeypatch.undo()
+    small_blocks(monkeypatch)
+    case = fixed_k(7, 3, 2, dim=5, hidden=4)
+    leaves = [leaf.to(DEVICE).requires_grad_() for leaf in case.leaves()]
+    routing = routing_of(case, leaves[1])
+    x_TD, weights_N, w_up_EHD, w_down_EDF = leaves
+    ids = (routing.expert_ids_N.to(DEVICE), routing.token_ids_N.to(DEVICE))
+    args = (x_TD, weights_N, w_up_EHD, w_down_EDF, *ids, top_k, "swiglu", True)
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(torch.ops.moe.expert_ffn.default, args, test_utils=tests)
+
+
+def test_triton_is_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU these tests mean something only under the interpreter."""
+    assert torch.cuda.is_available() or triton.knobs.runtime.interpret
+    assert triton_ops.problem(DEVICE, torch.bfloat16) is None
