@@ -44,7 +44,7 @@ def fill(text: str) -> str:
         opening, name, part, closing = match.groups()
         if name not in BENCHMARKS:
             raise ValueError(f"table: {name!r} is no benchmark; use one of {sorted(BENCHMARKS)}")
-        return opening + markdown(BENCHMARKS[name], part) + closing
+        return opening + markdown(BENCHMARKS[name](), part) + closing
 
     return _REGION.sub(region, text)
 

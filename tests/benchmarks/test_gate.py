@@ -51,7 +51,7 @@ def test_empty_gate_is_red() -> None:
 
 def test_red_gate_fails_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     benchmark = dataclasses.replace(made([Check(name="bad one", error=1.0, limit=0.1)]), name="cpu-train")
-    monkeypatch.setitem(BENCHMARKS, "cpu-train", benchmark)
+    monkeypatch.setitem(BENCHMARKS, "cpu-train", lambda: benchmark)
     assert run.main(["cpu-train"]) == 1
     captured = capsys.readouterr()
     assert captured.out == ""
