@@ -17,5 +17,6 @@ BENCHMARKS: dict[str, Callable[[], Benchmark]] = {
     "learning": partial(_load, "learning"),
     "estimators": partial(_load, "estimators"),
     "router-overhead": partial(_load, "router_overhead"),
+    "kernel-resources": partial(_load, "kernel_resources"),
     "gpu-layer": partial(_load, "gpu_layer.benchmark"),
 }
