@@ -18,6 +18,7 @@ import moe.experts, moe.kernels.ops, moe.layer, moe.observe, moe.routers
 for name in moe.routers.ROUTERS:
     spec = moe.layer.MoESpec(num_experts=4, expert_hidden=3, num_shared_experts=1, router={"name": name})
     layer = moe.layer.MoELayer(6, spec)
+    layer.context.input_ids_T = torch.arange(10)  # what a model gives; hash routing needs it
     x = torch.randn(2, 5, 6, requires_grad=True)
     layer(x).sum().backward()
     assert x.grad.isfinite().all() and layer.stats.num_micro_batches == 1

@@ -1,16 +1,22 @@
 """From a run's config to its model, and from a training checkpoint to a Hugging Face folder."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from moe.layer import moe_layers
 from moe.models import MoEConfig
 from moe.parallel.checkpoint import load_weights, read_state
+from moe.parallel.ranks import Ranks
+from moe.routers import parse_router
 from moe.train.config import RunConfig
+from moe.train.data import PackedDataset, StreamingPackedDataset
+
+_COUNTED_AT_ONCE = 1 << 24
 
 
 def build_config(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> PreTrainedConfig:
@@ -27,7 +33,9 @@ def build_config(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> PreTr
         for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
             fields.setdefault(key, tokenizer.eos_token_id)
         decoder = AutoConfig.for_model(**fields)
-        model_config = decoder if config.moe is None else MoEConfig(text_config=decoder, moe=config.moe)
+        model_config = (
+            decoder if config.moe is None else MoEConfig(text_config=decoder, moe=_with_vocab_size(config.moe, decoder))
+        )
     if decoder.vocab_size < len(tokenizer):
         raise ValueError(
             f"model.decoder.vocab_size={decoder.vocab_size} is below the tokenizer's {len(tokenizer)}; raise or remove it"
@@ -38,6 +46,14 @@ def build_config(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> PreTr
             f"{config.data.seq_len}; raise it"
         )
     return model_config
+
+
+def _with_vocab_size(moe: dict[str, Any], decoder: PreTrainedConfig) -> dict[str, Any]:
+    """The spec with the vocabulary's size for a router that has that option and was not given it."""
+    _, router_config = parse_router(moe["router"])
+    if getattr(router_config, "vocab_size", 0) is not None:
+        return moe
+    return {**moe, "router": {**moe["router"], "vocab_size": decoder.vocab_size}}
 
 
 def build_model(config: RunConfig, model_config: PreTrainedConfig) -> PreTrainedModel:
@@ -51,6 +67,47 @@ def build_model(config: RunConfig, model_config: PreTrainedConfig) -> PreTrained
     if config.train.activation_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model.train()
+
+
+@runtime_checkable
+class MadeFromTokenCounts(Protocol):
+    """A router that is made from how often each token id occurs in the training data."""
+
+    needs_token_counts: bool
+
+    def set_token_counts(self, counts_V: Tensor) -> None:
+        """Take the (V,) int64 counts."""
+
+
+def give_token_counts(
+    model: nn.Module, vocab_size: int, dataset: PackedDataset | StreamingPackedDataset, ranks: Ranks
+) -> None:
+    """Count the training tokens for the routers that still need it; those of a loaded model do not. Collective.
+
+    Raises:
+        ValueError: the data is a stream, which nobody has counted.
+    """
+    routers = [layer.router for layer in moe_layers(model).values()]
+    waiting = [router for router in routers if isinstance(router, MadeFromTokenCounts) and router.needs_token_counts]
+    if not waiting:
+        return
+    if isinstance(dataset, StreamingPackedDataset):
+        raise ValueError(
+            "data.streaming=true does not go with a router that is made from the token counts of the training data "
+            "(moe.router.method=balanced); set data.streaming=false, or moe.router.method=random"
+        )
+    counts_V = ranks.sum_tensor(count_tokens(dataset.cache.tokens_N, vocab_size, ranks).to(ranks.device))
+    for router in waiting:
+        router.set_token_counts(counts_V)
+
+
+def count_tokens(tokens_N: np.ndarray, vocab_size: int, ranks: Ranks) -> Tensor:
+    """(V,) int64 occurrences of each id in this rank's part of the tokens."""
+    begin, end = (len(tokens_N) * rank // ranks.world_size for rank in (ranks.rank, ranks.rank + 1))
+    counts_V = np.zeros(vocab_size, dtype=np.int64)
+    for start in range(begin, end, _COUNTED_AT_ONCE):  # the tokens lie on disk, and counting widens them
+        counts_V += np.bincount(tokens_N[start : min(start + _COUNTED_AT_ONCE, end)], minlength=vocab_size)
+    return torch.from_numpy(counts_V)
 
 
 def export_model(checkpoint: Path, out: Path, dtype: torch.dtype) -> PreTrainedModel:

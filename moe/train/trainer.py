@@ -23,7 +23,7 @@ from moe.train.config import RunConfig
 from moe.train.data import Batch, BatchLoader, DataBundle, build_data, eval_batches
 from moe.train.layer_metrics import layer_records
 from moe.train.metrics import MetricsWriter, mean_balance, model_flops_per_token, peak_flops
-from moe.train.model import build_config, build_model, model_difference, parameter_counts
+from moe.train.model import build_config, build_model, give_token_counts, model_difference, parameter_counts
 from moe.train.optim import learning_rate, param_groups
 from moe.train.progress import TrainProgress
 from moe.train.run_folder import CHECKPOINTS_DIR, device_name, write_run_files
@@ -92,6 +92,7 @@ class Trainer:
         self._notes: list[str] = []
         if resume:
             self._resume()
+        give_token_counts(model, decoder.vocab_size, self.data.train, ranks)
 
     def _deepspeed_config(self) -> dict[str, Any]:
         train, parallel = self.config.train, self.config.parallel
