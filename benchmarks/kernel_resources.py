@@ -23,10 +23,10 @@ SHARED_BYTES = 227 * 1024  # that one program may use on Hopper
 _INDICES = ("tokens_ptr", "offsets_ptr", "experts_ptr", "starts_ptr", "total_ptr")
 _FP32 = ("weights_ptr", "dweights_ptr")
 VARIANTS: dict[str, tuple[str, Any, dict[str, object]]] = {
-    "up": ("up", gemm.up_kernel, {"GATED": True, "SAVE_H": True}),
-    "down": ("rows", gemm.rows_kernel, {"stride_wk": 1}),
-    "dx": ("rows", gemm.rows_kernel, {"stride_wn": 1}),
-    "activation": ("activation", gemm.activation_kernel, {"GATED": True}),
+    "up": ("up", gemm.up_kernel, {"GATED": True, "SAVE_H": True, "TMA": True}),
+    "down": ("rows", gemm.rows_kernel, {"stride_wk": 1, "TMA": "columns"}),
+    "dx": ("rows", gemm.rows_kernel, {"stride_wn": 1, "TMA": "rows"}),
+    "activation": ("activation", gemm.activation_kernel, {"GATED": True, "TMA": True}),
     "dw_down": ("weight", gemm.weight_kernel, {"GATHER_LEFT": True, "GATHER_RIGHT": False}),
     "dw_up": ("weight", gemm.weight_kernel, {"GATHER_LEFT": False, "GATHER_RIGHT": True}),
 }
@@ -45,6 +45,11 @@ def _compile(kernel: Any, constants: dict[str, object], blocks: Blocks) -> Any:
     for index, name in enumerate(kernel.arg_names):
         if name in constants:
             signature[name] = "constexpr"
+            continue
+        if name == "w_desc":
+            by_columns = constants["TMA"] == "columns" or kernel is gemm.up_kernel
+            block = (blocks.n, blocks.k) if by_columns else (blocks.k, blocks.n)
+            signature[name] = f"tensordesc<bf16[{block[0]}, {block[1]}]>"
             continue
         pointer = "*i32" if name in _INDICES else "*fp32" if name in _FP32 else "*bf16"
         signature[name] = pointer if name.endswith("_ptr") else "i32"
@@ -75,6 +80,7 @@ def examine(name: str, rows: str) -> Row:
     counts: dict[str, Cell] = {
         "hgmma": len(re.findall(r"\bHGMMA\b", code)),
         "hmma": len(re.findall(r"\bHMMA\b", code)),
+        "tma_loads": len(re.findall(r"\bUTMALDG\b", code)),
         "local_loads": len(re.findall(r"\bLDL\b", code)),
     }
     return {
@@ -116,7 +122,7 @@ def run(options: Options) -> list[Row]:
 
 _COLUMNS = (
     "kernel", "rows_per_expert", "block_m", "block_n", "block_k", "warps", "stages", "registers", "stack_bytes",
-    "shared_kib", "hgmma", "hmma", "local_loads",
+    "shared_kib", "hgmma", "hmma", "tma_loads", "local_loads",
 )  # fmt: skip
 
 BENCHMARK = Benchmark(

@@ -8,7 +8,9 @@ Five kernels, after SonicMoE (arXiv 2512.14080, sections 3 and 4), of which each
     weight      dW = left^T right over an expert's rows  gathers dy or x along the reduced dimension
 
 Row tiles never hold two experts, so a tile multiplies with one weight matrix only. Programs walk over tiles: a grid as large as
-the number of tiles gives each program one; a smaller grid makes them persistent. Sums are in fp32, and nothing is added with
+the number of tiles gives each program one; a smaller grid makes them persistent. Weights come through the tensor memory
+accelerator (TMA) where it applies: a descriptor of all experts' rows below each other, whose tiles may reach into the next
+expert's rows; what they bring from there meets zeros or is not stored. Sums are in fp32, and nothing is added with
 atomics, so results are the same on every run.
 
 Legend: T tokens, D model, F expert FFN, H = 2F (SwiGLU) or F (GELU), E experts, N sorted rows, M row tiles.
@@ -75,9 +77,9 @@ def _up_half(gate, up, h_ptr, a_ptr, row, inside, col, F, GATED: tl.constexpr, S
 
 @triton.jit
 def up_kernel(
-    x_ptr, w_ptr, h_ptr, a_ptr, tokens_ptr, offsets_ptr, experts_ptr, starts_ptr, total_ptr,
+    x_ptr, w_ptr, w_desc, h_ptr, a_ptr, tokens_ptr, offsets_ptr, experts_ptr, starts_ptr, total_ptr,
     D, F, stride_x,
-    GATED: tl.constexpr, SAVE_H: tl.constexpr, PRECISION: tl.constexpr,
+    GATED: tl.constexpr, SAVE_H: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """h (N, H) and a (N, F) of sorted rows. ``w`` is (E, H, D): the gate's F rows, then the up-projection's."""
@@ -99,10 +101,16 @@ def up_kernel(
         for k in range(0, D, BLOCK_K):
             at = k + k_range
             x = tl.load(x_at + at[None, :], mask=at[None, :] < D, other=0.0)
-            w = tl.load(w_at + at[:, None], mask=at[:, None] < D, other=0.0)
+            if TMA:
+                w = w_desc.load([expert * height + n * BLOCK_N, k]).T
+            else:
+                w = tl.load(w_at + at[:, None], mask=at[:, None] < D, other=0.0)
             gate = _dot(x, w, gate, PRECISION)
             if GATED:
-                w_up = tl.load(w_at + F * D + at[:, None], mask=at[:, None] < D, other=0.0)
+                if TMA:
+                    w_up = w_desc.load([expert * height + F + n * BLOCK_N, k]).T
+                else:
+                    w_up = tl.load(w_at + F * D + at[:, None], mask=at[:, None] < D, other=0.0)
                 up = _dot(x, w_up, up, PRECISION)
         # In halves: two whole accumulators and the activation would not fit the registers.
         gate_0, gate_1 = _halves(gate)
@@ -114,9 +122,9 @@ def up_kernel(
 
 @triton.jit
 def rows_kernel(
-    rows_ptr, w_ptr, out_ptr, offsets_ptr, experts_ptr, starts_ptr, total_ptr,
+    rows_ptr, w_ptr, w_desc, out_ptr, offsets_ptr, experts_ptr, starts_ptr, total_ptr,
     C, K, stride_we, stride_wn, stride_wk,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, TMA: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """out (N, C) = rows (N, K) times each expert's (K, C) matrix, given by its strides."""
@@ -130,17 +138,19 @@ def rows_kernel(
         row = start + tl.arange(0, BLOCK_M)
         col = n * BLOCK_N + tl.arange(0, BLOCK_N)
         safe_row = tl.where(row < stop, row, start).to(tl.int64)
-        a_at = rows_ptr + safe_row[:, None] * K + k_range[None, :]
-        w_at = w_ptr + expert.to(tl.int64) * stride_we + k_range[:, None].to(tl.int64) * stride_wk
-        w_at += (col % C)[None, :].to(tl.int64) * stride_wn
+        a_at = rows_ptr + safe_row[:, None] * K
+        w_at = w_ptr + expert.to(tl.int64) * stride_we + ((col % C) * stride_wn)[None, :]
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for k in range(0, K, BLOCK_K):
-            inside = k_range < K - k
-            a = tl.load(a_at, mask=inside[None, :], other=0.0)
-            w = tl.load(w_at, mask=inside[:, None], other=0.0)
+            at = k + k_range
+            a = tl.load(a_at + at[None, :], mask=at[None, :] < K, other=0.0)
+            if TMA == "columns":  # a matrix stored column by column
+                w = w_desc.load([expert * C + n * BLOCK_N, k]).T
+            elif TMA == "rows":
+                w = w_desc.load([expert * K + k, n * BLOCK_N])
+            else:
+                w = tl.load(w_at + (at * stride_wk)[:, None], mask=at[:, None] < K, other=0.0)
             acc = _dot(a, w, acc, PRECISION)
-            a_at += BLOCK_K
-            w_at += BLOCK_K * stride_wk
         out = (row < stop)[:, None] & (col < C)[None, :]
         out_at = out_ptr + row[:, None].to(tl.int64) * C + col[None, :]
         tl.store(out_at, acc.to(out_ptr.dtype.element_ty), mask=out)
@@ -177,10 +187,10 @@ def _activation_half(da, h_ptr, dh_ptr, a_ptr, weight, row, inside, col, F, GATE
 
 @triton.jit
 def activation_kernel(
-    dy_ptr, w_ptr, h_ptr, weights_ptr, dh_ptr, a_ptr, dweights_ptr,
+    dy_ptr, w_ptr, w_desc, h_ptr, weights_ptr, dh_ptr, a_ptr, dweights_ptr,
     tokens_ptr, offsets_ptr, experts_ptr, starts_ptr, total_ptr,
     N, D, F, stride_dy,
-    GATED: tl.constexpr, PRECISION: tl.constexpr,
+    GATED: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """Backward through down-projection and activation: dh (N, H), weight * a (N, F), and d(weight) in parts.
@@ -197,16 +207,17 @@ def activation_kernel(
         row = start + tl.arange(0, BLOCK_M)
         col = n * BLOCK_N + tl.arange(0, BLOCK_N)
         token = tl.load(tokens_ptr + row, mask=row < stop, other=0).to(tl.int64)
-        dy_at = dy_ptr + token[:, None] * stride_dy + k_range[None, :]
-        w_at = w_ptr + expert.to(tl.int64) * D * F + k_range[:, None].to(tl.int64) * F + (col % F)[None, :]
+        dy_at = dy_ptr + token[:, None] * stride_dy
+        w_at = w_ptr + expert.to(tl.int64) * D * F + (col % F)[None, :]
         da = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for k in range(0, D, BLOCK_K):
-            inside = k_range < D - k
-            dy = tl.load(dy_at, mask=inside[None, :], other=0.0)
-            w = tl.load(w_at, mask=inside[:, None], other=0.0)
+            at = k + k_range
+            dy = tl.load(dy_at + at[None, :], mask=at[None, :] < D, other=0.0)
+            if TMA:
+                w = w_desc.load([expert * D + k, n * BLOCK_N])
+            else:
+                w = tl.load(w_at + (at * F)[:, None], mask=at[:, None] < D, other=0.0)
             da = _dot(dy, w, da, PRECISION)
-            dy_at += BLOCK_K
-            w_at += BLOCK_K * F
         inside = row < stop
         weight = tl.load(weights_ptr + row, mask=inside, other=0.0)
         # In halves: the whole tile with its gate, up-projection and results would not fit the registers.

@@ -11,6 +11,7 @@ import contextlib
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moe.kernels import triton_gemm as gemm
 from moe.kernels.triton_plan import Plan, Tiles, make_plan, make_tiles
@@ -35,6 +36,16 @@ def _grid(num_units: int, blocks: Blocks, tensor: Tensor) -> tuple[int]:
         processors = torch.cuda.get_device_properties(tensor.device).multi_processor_count
         num_units = min(num_units, blocks.per_sm * processors)
     return (max(num_units, 1),)
+
+
+def _descriptor(weight_EPQ: Tensor, block: list[int], blocks: Blocks) -> TensorDescriptor | None:
+    """A TMA descriptor of (E, P, Q) as E * P rows; None where the card or the shapes do not allow one."""
+    if not blocks.tma or not weight_EPQ.is_contiguous() or weight_EPQ.numel() == 0:
+        return None
+    aligned = weight_EPQ.data_ptr() % 16 == 0 and weight_EPQ.shape[2] * weight_EPQ.itemsize % 16 == 0
+    if weight_EPQ.is_cuda:
+        aligned = aligned and torch.cuda.get_device_capability(weight_EPQ.device) >= (9, 0)
+    return TensorDescriptor.from_tensor(weight_EPQ.flatten(0, 1), block) if aligned else None
 
 
 class _Launcher:
@@ -65,22 +76,32 @@ class _Launcher:
         grid, tiles = self._walk(blocks, self.width)
         h_NH = x_TD.new_empty(self.num_rows if save_h else 0, self.height)
         a_NF = x_TD.new_empty(self.num_rows, self.width)
+        descriptor = _descriptor(w_up_EHD, [blocks.n, blocks.k], blocks)
         gemm.up_kernel[grid](
-            x_TD, w_up_EHD, h_NH, a_NF, self.plan.token_ids_N, self.plan.offsets_E1,
+            x_TD, w_up_EHD, descriptor or w_up_EHD, h_NH, a_NF, self.plan.token_ids_N, self.plan.offsets_E1,
             tiles.experts_M, tiles.starts_M, tiles.total_1, self.dim, self.width, x_TD.stride(0),
-            GATED=self.gated, SAVE_H=save_h, PRECISION=_precision(x_TD.dtype), **blocks.meta(),
+            GATED=self.gated, SAVE_H=save_h, PRECISION=_precision(x_TD.dtype), TMA=descriptor is not None,
+            **blocks.meta(),
         )  # fmt: skip
         return h_NH, a_NF
 
     def rows(self, rows_NK: Tensor, weight_EKC: Tensor) -> Tensor:
         """Rows times their expert's (K, C) matrix: (N, C). The matrix may be a transposed view."""
-        blocks, columns = self.blocks("rows"), weight_EKC.shape[2]
+        blocks, (_, depth, columns) = self.blocks("rows"), weight_EKC.shape
         grid, tiles = self._walk(blocks, columns)
         out_NC = rows_NK.new_empty(self.num_rows, columns)
+        tma, descriptor = "", None
+        if not weight_EKC.is_contiguous():
+            tma, descriptor = "columns", _descriptor(weight_EKC.transpose(1, 2), [blocks.n, blocks.k], blocks)
+        elif (
+            depth % blocks.k == 0
+        ):  # else a tile would bring the next expert's rows, which nothing masks if they are NaN
+            tma, descriptor = "rows", _descriptor(weight_EKC, [blocks.k, blocks.n], blocks)
         gemm.rows_kernel[grid](
-            rows_NK, weight_EKC, out_NC, self.plan.offsets_E1, tiles.experts_M, tiles.starts_M, tiles.total_1,
-            columns, rows_NK.shape[1], weight_EKC.stride(0), weight_EKC.stride(2), weight_EKC.stride(1),
-            PRECISION=_precision(rows_NK.dtype), **blocks.meta(),
+            rows_NK, weight_EKC, descriptor or weight_EKC, out_NC, self.plan.offsets_E1,
+            tiles.experts_M, tiles.starts_M, tiles.total_1,
+            columns, depth, weight_EKC.stride(0), weight_EKC.stride(2), weight_EKC.stride(1),
+            PRECISION=_precision(rows_NK.dtype), TMA=tma if descriptor is not None else "", **blocks.meta(),
         )  # fmt: skip
         return out_NC
 
@@ -91,10 +112,12 @@ class _Launcher:
         dh_NH, a_NF = torch.empty_like(h_NH), h_NH.new_empty(self.num_rows, self.width)
         num_parts = triton.cdiv(self.width, blocks.n)
         dweights = torch.empty(num_parts, self.num_rows, dtype=torch.float32, device=h_NH.device)
+        descriptor = _descriptor(w_down_EDF, [blocks.k, blocks.n], blocks) if self.dim % blocks.k == 0 else None
         gemm.activation_kernel[grid](
-            dy_TD, w_down_EDF, h_NH, weights_N, dh_NH, a_NF, dweights, self.plan.token_ids_N, self.plan.offsets_E1,
+            dy_TD, w_down_EDF, descriptor or w_down_EDF,
+            h_NH, weights_N, dh_NH, a_NF, dweights, self.plan.token_ids_N, self.plan.offsets_E1,
             tiles.experts_M, tiles.starts_M, tiles.total_1, self.num_rows, self.dim, self.width, dy_TD.stride(0),
-            GATED=self.gated, PRECISION=_precision(h_NH.dtype), **blocks.meta(),
+            GATED=self.gated, PRECISION=_precision(h_NH.dtype), TMA=descriptor is not None, **blocks.meta(),
         )  # fmt: skip
         return [dh_NH, a_NF, dweights.sum(0)]
 

@@ -18,6 +18,7 @@ class Blocks:
         group: row tiles that run together to share weights in the L2 cache.
         warps, stages: warps per program, depth of the software pipeline.
         per_sm: programs per multiprocessor of a persistent grid; 0 gives each tile a program.
+        tma: load weights through the tensor memory accelerator where the card and the shapes allow it.
     """
 
     m: int
@@ -27,6 +28,7 @@ class Blocks:
     warps: int = 8
     stages: int = 3
     per_sm: int = 0
+    tma: bool = True
 
     def meta(self) -> dict[str, int]:
         """Keyword arguments of a launch."""

@@ -21,6 +21,7 @@ def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
 
 SHAPES = {
     "even": lambda **kw: fixed_k(16, 4, 2, dim=8, hidden=8, **kw),
+    "aligned": lambda **kw: fixed_k(9, 3, 2, dim=32, hidden=16, **kw),
     "odd": lambda **kw: fixed_k(13, 5, 3, dim=7, hidden=3, **kw),
     "all_experts": lambda **kw: fixed_k(3, 3, 3, dim=1, hidden=1, **kw),
     "one_token": lambda **kw: fixed_k(1, 4, 2, **kw),

@@ -8,7 +8,7 @@ from helpers.triton_blocks import small_blocks
 
 from moe.kernels import triton_ops
 from moe.kernels.triton_plan import make_plan, make_tiles
-from moe.kernels.triton_tuning import blocks_for
+from moe.kernels.triton_tuning import Blocks, blocks_for
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -64,6 +64,16 @@ def test_the_op_keeps_what_it_promises_torch(top_k: int, monkeypatch: pytest.Mon
     args = (x_TD, weights_N, w_up_EHD, w_down_EDF, *ids, top_k, "swiglu", True)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(torch.ops.moe.expert_ffn.default, args, test_utils=tests)
+
+
+def test_weights_come_through_descriptors_where_they_can() -> None:
+    blocks = Blocks(m=16, n=16, k=16)
+    weights = torch.randn(3, 32, 16, device=DEVICE, dtype=torch.bfloat16)
+    on_card = DEVICE == "cpu" or torch.cuda.get_device_capability() >= (9, 0)
+    assert (triton_ops._descriptor(weights, [16, 16], blocks) is not None) == on_card
+    assert triton_ops._descriptor(weights.transpose(1, 2), [16, 16], blocks) is None, "not contiguous"
+    assert triton_ops._descriptor(weights[..., :7].contiguous(), [16, 16], blocks) is None, "rows of 14 bytes"
+    assert triton_ops._descriptor(weights, [16, 16], Blocks(m=16, n=16, k=16, tma=False)) is None
 
 
 def test_triton_is_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
