@@ -72,10 +72,11 @@ class Miscounting(TopKRouter):
 
 
 class Exploding(TopKRouter):
-    def weigh(self, *arguments: Any) -> Any:
-        weights_TK = super().weigh(*arguments)
-        weights_TK.register_hook(lambda gradient: gradient * float("nan"))
-        return weights_TK
+    """Only its own gradient is wrong."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.weight.register_hook(lambda gradient: gradient * float("nan"))
 
 
 def test_a_failing_router_is_named(
@@ -88,7 +89,7 @@ def test_a_failing_router_is_named(
     failures = findings["routers"]["failures"]
     assert failures.keys() == {"miscounting", "exploding"}
     assert "Miscounting returned a broken routing: its counts are not those of its list" in failures["miscounting"]
-    assert failures["exploding"] == "ValueError: the gradient of the input is not finite"
+    assert failures["exploding"] == "ValueError: the gradient of router.weight is not finite"
     text = shown(findings, capsys)
     assert "routers FAILED: miscounting: ValueError: MOE_CHECK" in text
     assert "exploding: ValueError" in text

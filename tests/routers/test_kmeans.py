@@ -250,15 +250,39 @@ def test_padding_and_missing_tokens_are_no_samples() -> None:
 
 
 def test_no_samples_or_bad_samples_change_nothing() -> None:
-    router = make_router(D, C, update_every=1, **NAME)
+    router = make_router(D, C, update_every=1, num_samples=50, **NAME)
+    router.centroids_ED.copy_(CENTRES_CD)
     before = {name: value.clone() for name, value in router.named_buffers() if name != "steps"}
     step(router)
-    router(torch.full((50, D), float("nan")))
+    assert (router.centroids_ED == 0).all(), "nothing in any cluster: start afresh"
+    for bad in (torch.full((50, D), float("nan")), torch.ones(50, D)):  # all in one cluster
+        router(bad)
+        step(router)
+    x_TD, _ = planted(50)
+    for bad in (float("nan"), float("inf")):  # a cluster whose mean is lost
+        router.centroids_ED.copy_(CENTRES_CD)
+        router(torch.cat([x_TD[:49], torch.full((1, D), bad)]))
+        step(router)
+        assert (router.centroids_ED == 0).all()
+        assert torch.equal(router.gate_EI, before["gate_EI"])
+    router.centroids_ED.copy_(CENTRES_CD)
+    router(x_TD)
     step(router)
-    router(torch.ones(50, D))  # all in one cluster
+    assert is_one_to_one(router), "and it goes on"
+    alone = make_router(D, 1, update_every=1, num_samples=50, **NAME)  # its cluster is never empty
+    alone(torch.full((50, D), float("nan")))
+    step(alone)
+    assert alone.centroids_ED.isfinite().all()
+
+
+def test_reset_forgets_the_samples() -> None:
+    router = make_router(D, C, update_every=1, num_samples=50, **NAME)
+    router(planted(50)[0])
+    router.reset_parameters(0.02)
+    before_EI = router.gate_EI.clone()
+    router.centroids_ED.copy_(CENTRES_CD)
     step(router)
-    for name, value in before.items():
-        assert torch.equal(router.get_buffer(name), value), name
+    assert torch.equal(router.gate_EI, before_EI)
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
