@@ -20,11 +20,10 @@ _REGION = re.compile(r"(<!-- table: ([\w-]+)(?: part=([\w-]+))? -->\n).*?(<!-- e
 
 def markdown(benchmark: Benchmark, part: str | None = None) -> str:
     """The latest run as a markdown table, with a line that says where it ran and with which command."""
-    rows = latest(benchmark)
+    rows = latest(benchmark, part)
     if not rows:
-        return f"No run of `{benchmark.name}` is recorded yet.\n"
+        return f"No run of `{benchmark.name}`{f', part {part},' if part else ''} is recorded yet.\n"
     first = rows[0]
-    rows = [row for row in rows if part is None or row.get("part") == part]
     shown = [column for column in benchmark.table if any(row[column] for row in rows)]
     lines = ["| " + " | ".join(column.replace("_", " ") for column in shown) + " |"]
     lines.append("|" + "|".join(" --- " for _ in shown) + "|")
@@ -50,8 +49,8 @@ def fill(text: str) -> str:
 
 
 def main() -> None:
-    """Rewrite README.md and docs/*.md in place."""
-    for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+    """Rewrite README.md, kernels/README.md and docs/*.md in place."""
+    for path in [ROOT / "README.md", ROOT / "kernels" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
         if path.exists() and (filled := fill(before := path.read_text())) != before:
             path.write_text(filled)
             print(f"wrote {path.relative_to(ROOT)}", file=sys.stderr)
