@@ -88,11 +88,14 @@ def append(benchmark: Benchmark, rows: list[Row]) -> Path:
     return path
 
 
-def latest(benchmark: Benchmark) -> list[dict[str, str]]:
-    """The rows of the last run in the CSV (those with its last row's date); empty where there is no file."""
+def latest(benchmark: Benchmark, part: str | None = None) -> list[dict[str, str]]:
+    """The rows of the last run in the CSV (those with its last row's date); empty where there is no file.
+
+    With ``part``, of the last run that has rows of this part, and those rows alone.
+    """
     path = path_of(benchmark)
     if not path.exists():
         return []
     with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
+        rows = [row for row in csv.DictReader(file) if part is None or row.get("part") == part]
     return [row for row in rows if row["date"] == rows[-1]["date"]] if rows else []

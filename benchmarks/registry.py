@@ -16,6 +16,7 @@ BENCHMARKS: dict[str, Callable[[], Benchmark]] = {
     "cpu-train": partial(_load, "cpu_train"),
     "learning": partial(_load, "learning"),
     "estimators": partial(_load, "estimators"),
+    "routers": partial(_load, "routers"),
     "router-overhead": partial(_load, "router_overhead"),
     "kernel-resources": partial(_load, "kernel_resources"),
     "gpu-layer": partial(_load, "gpu_layer.benchmark"),

@@ -23,6 +23,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--table", action="store_true", help="print the latest recorded run as markdown; runs nothing")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else on stdout")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it works; records nothing")
+    parser.add_argument("--part", help="run this part of the benchmark only")
     parser.add_argument("--repeats", type=int, default=9, help="measured repeats of each implementation (9)")
     parser.add_argument(
         "--wait",
@@ -34,6 +35,8 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.name is None and not args.list:
         parser.error("give a NAME, or --list")
+    if args.name is not None and args.part is not None and args.part not in (parts := BENCHMARKS[args.name]().parts):
+        parser.error(f"--part={args.part} is no part of {args.name}; it has {', '.join(parts) or 'none'}")
     if args.repeats < 1:
         parser.error(f"--repeats={args.repeats} must be at least 1")
     return args
@@ -82,7 +85,13 @@ def main(argv: list[str] | None = None) -> int:
     def report(line: str) -> None:
         print(f"[{time.perf_counter() - start:6.1f} s] {line}", file=sys.stderr, flush=True)
 
-    options = Options(quick=args.quick, repeats=2 if args.quick else args.repeats, wait_s=args.wait, report=report)
+    options = Options(
+        quick=args.quick,
+        repeats=2 if args.quick else args.repeats,
+        wait_s=args.wait,
+        part=args.part,
+        report=report,
+    )
     with contextlib.redirect_stdout(sys.stderr):  # libraries may print; stdout carries the result only
         result = execute(benchmark, options)
     if args.json:

@@ -15,12 +15,14 @@ class Options:
         quick: tiny sizes and two repeats, to see that it works; the numbers mean nothing and are not recorded.
         repeats: measured repeats of each implementation, after one that is not counted.
         wait_s: before each repeat, wait up to this long for other processes to leave the processor alone.
+        part: the only part to run, of a benchmark that has ``parts``; ``None`` runs all.
         report: receives one line per step.
     """
 
     quick: bool = False
     repeats: int = 9
     wait_s: float = 0.0
+    part: str | None = None
     report: Callable[[str], None] = lambda line: None
 
 
@@ -55,6 +57,7 @@ class Benchmark:
         table: the columns of its markdown table.
         gate: compares our results and gradients with those of what we measure against; runs before anything is timed.
         run: measures; rows have the keys of ``columns`` and may leave some out.
+        parts: values of the column ``part`` that ``--part`` may ask for alone.
     """
 
     name: str
@@ -63,3 +66,4 @@ class Benchmark:
     table: tuple[str, ...]
     gate: Callable[[Options], list[Check]]
     run: Callable[[Options], list[Row]]
+    parts: tuple[str, ...] = ()

@@ -1,0 +1,107 @@
+"""``routers``: every router of the registry in four parts, each a question of its own.
+
+- ``text``: a small language model on real text at equal active parameters: loss, balance, compute, speed.
+- ``clusters``: which gates find the clusters of a problem that no single network can learn?
+- ``multitask``: which gates find the experts that a task is made of?
+- ``tabular``: MLP, softmax MoE and GG MoE on small real tables.
+
+`settings` has the options of every router in one table. Each part chooses learning rates in the way its module says,
+on seeds that it does not report, with the same grid for all routers.
+"""
+
+from types import ModuleType
+
+from benchmarks.routers import clusters, multitask, pictures, tabular, text
+from benchmarks.spec import Benchmark, Check, Options, Row
+
+PARTS: dict[str, ModuleType] = {"text": text, "clusters": clusters, "multitask": multitask, "tabular": tabular}
+
+
+def _chosen(options: Options) -> dict[str, ModuleType]:
+    return {name: module for name, module in PARTS.items() if options.part in (None, name)}
+
+
+def gate(options: Options) -> list[Check]:
+    """The checks of every part that runs."""
+    return [check for module in _chosen(options).values() for check in module.gate(options)]
+
+
+def run(options: Options, keys: tuple[str, ...] | None = None) -> list[Row]:
+    """The rows of every part, and a picture of each; ``keys`` limits the routers (by their labels)."""
+    rows = []
+    for name, module in _chosen(options).items():
+        found = module.run(options, keys)
+        if not options.quick:
+            pictures.draw(name, found)
+        rows += found
+    return rows
+
+
+BENCHMARK = Benchmark(
+    name="routers",
+    description="every router: on text, on clustered data, on tasks with known experts; GG MoE on tables",
+    parts=tuple(PARTS),
+    columns=(
+        "part",
+        "case",
+        "router",
+        "model",
+        "experts",
+        "lr",
+        "loss",
+        "loss_spread",
+        "accuracy",
+        "accuracy_spread",
+        "cluster_entropy",
+        "f1",
+        "f1_spread",
+        "exact",
+        "support",
+        "metric",
+        "score",
+        "score_spread",
+        "gain",
+        "gain_spread",
+        "max_violation",
+        "entropy",
+        "used",
+        "ffn_flops",
+        "active_params",
+        "total_params",
+        "tokens_per_s",
+        "step_ms",
+        "waiting",
+        "values",
+        "note",
+    ),
+    table=(
+        "case",
+        "router",
+        "model",
+        "experts",
+        "lr",
+        "loss",
+        "loss_spread",
+        "accuracy",
+        "accuracy_spread",
+        "cluster_entropy",
+        "f1",
+        "f1_spread",
+        "exact",
+        "support",
+        "metric",
+        "score",
+        "score_spread",
+        "gain",
+        "gain_spread",
+        "max_violation",
+        "entropy",
+        "used",
+        "ffn_flops",
+        "total_params",
+        "tokens_per_s",
+        "note",
+    ),
+    gate=gate,
+    run=run,
+)

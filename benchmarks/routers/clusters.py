@@ -2,19 +2,22 @@
 arXiv 2208.02813), with every router as the gate.
 
 An example has four patches in random order: the feature of its cluster k with the sign of the label, the centre of its
-cluster, the feature of another cluster with a random sign, and noise. Read without its cluster, an example says as much for one label as for
-the other wherever two clusters meet, so that no network which adds up its patches is right on more than 7 of 8 examples,
-however wide. With the cluster known, one direction tells the label. An expert is the paper's: a layer over single patches,
-cubic or linear, summed over patches; the gate reads the sum of the patches.
+cluster, the feature of another cluster with a random sign, and noise. With the cluster known, one direction tells the label.
+Without it the two features cannot be told apart, and no network that adds up its patches is right on all examples, however
+wide (`CEILING`). An expert is the paper's: a layer over single patches, cubic or linear, summed over patches; the gate reads
+the sum of the patches.
 
-Settings are those of the authors' released notebooks, their third one: 4 clusters, 8 experts of 8 + 8 neurons, D = 50, factors
-U(0.5, 2), U(1, 2) and U(0.5, 2), noise of deviation 1, all times 10; full-batch steps of normalised gradient descent (1e-3 per
+Settings are those of the authors' released notebooks, their first one: 4 clusters, 8 experts of 8 + 8 neurons, D = 50, factors
+U(0.5, 2), U(1, 2) and U(0.5, 3), noise of deviation 1, all times 10; full-batch steps of normalised gradient descent (1e-3 per
 expert) from small weights, plain gradient descent for the router. Differences: 4,000 examples instead of 16,000; softmax
 weights as in the paper, where the notebooks use raw scores; a plain cross-entropy; the gate's input scaled to about unit size.
+The router's rate is the better of two on a seed that is not reported, for every router and kind of expert.
 
-Why 7 of 8: let f be what the network adds for a patch, and take two clusters with features v and w. Right labels on all sign
-combinations would need f(v) + f(-w) > -f(c) > f(-v) + f(w) in the first and, with the parts exchanged, f(w) + f(-v) > -f(c')
-> f(-w) + f(v) in the second; these contradict each other, so one of eight equally likely cases is wrong.
+Why there is a ceiling: let f be what the network adds for a patch, and take two clusters with features v and w. Right labels
+on all signs need f(v) + f(-w) > -f(c) > f(-v) + f(w) in the first and, with the parts exchanged, f(w) + f(-v) > -f(c') >
+f(-w) + f(v) in the second. These contradict each other, so of eight equally likely cases one is wrong: at best 7 of 8 are
+right where both features have factors of the same distribution (the paper's theorem). The noise's factor goes beyond the
+label's in two of five examples, which a network might notice: 1 - 3/5 * 1/8 is what no single one exceeds here.
 
 Legend: T examples, P patches, D size of a patch, C clusters, E experts, W neurons per class, H = 2W.
 """
@@ -37,7 +40,7 @@ NUM_CLUSTERS, NUM_PATCHES, PATCH_DIM = 4, 4, 50
 WIDTH = 8
 SIGNAL, CENTER, FEATURE_NOISE = (0.5, 2.0), (1.0, 2.0), (0.5, 3.0)
 SCALE = 10.0
-CEILING = 7 / 8
+CEILING = 1 - 3 / 5 / 8  # of the accuracy of one network for all clusters
 STEPS, NUM_EXAMPLES = 500, 4000
 EXPERT_RATE, SMALL = 1e-3, 1e-3
 ROUTER_RATES = (0.1, 1.0)
@@ -122,12 +125,16 @@ class PatchExperts(nn.Module):
 
 
 def cluster_entropy(weights_TE: Tensor, clusters_T: Tensor) -> float:
-    """H(cluster | expert) in nats, each token's weights scaled to sum 1: 0 where experts keep to a cluster, ln C at worst."""
+    """H(cluster | expert) in nats, each token's weights scaled to sum 1: 0 where experts keep to a cluster, ln C at worst.
+
+    Tokens without an expert count for nothing; ln C where there are no others.
+    """
     weights_TE = weights_TE / weights_TE.sum(1, keepdim=True).clamp_min(1e-20)
     mass_CE = weights_TE.new_zeros(NUM_CLUSTERS, weights_TE.shape[1]).index_add(0, clusters_T, weights_TE)
     share_CE = mass_CE / mass_CE.sum(0).clamp_min(1e-20)
     entropy_E = -(share_CE * share_CE.clamp_min(1e-20).log()).sum(0)
-    return float((mass_CE.sum(0) * entropy_E).sum() / mass_CE.sum())
+    total = float(mass_CE.sum())
+    return float((mass_CE.sum(0) * entropy_E).sum()) / total if total else math.log(NUM_CLUSTERS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -275,7 +282,7 @@ def gate(options: Options) -> list[Check]:
         Check(name="clusters: directions are orthonormal", error=float((gram_XX - torch.eye(8)).abs().max()), limit=1e-5),
         Check(name="clusters: labels are balanced", error=abs(y_T.mean().item()) / 2, limit=error),
         Check(name="clusters: the feature of the own cluster tells the label", error=1 - mean_of(known_T), limit=0.005),
-        Check(name="clusters: the sum of all features does in 3 of 4", error=abs(mean_of(blind_T) - 0.75), limit=error),
+        Check(name="clusters: the sum of all features does in 65 %", error=abs(mean_of(blind_T) - 0.65), limit=error),
         Check(name="clusters: the centre tells the cluster", error=1 - mean_of(centers_T), limit=0.005),
         Check(name="clusters: the gate's input has unit size", error=abs(size - 1), limit=0.02),
     ]
