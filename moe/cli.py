@@ -185,7 +185,7 @@ def report(run: Annotated[Path, typer.Argument(help="Run folder.")], as_json: Js
 @app.command()
 @user_errors
 def doctor(as_json: JsonOption = False) -> None:
-    """Show devices, versions, kernels and collectives, and check that expert-parallel gradients are right on this machine.
+    """Show devices, versions, kernels and collectives; run every router, and check expert-parallel gradients, on this machine.
 
     Example: `moe doctor`
     """
