@@ -92,7 +92,12 @@ class _PassThrough(torch.autograd.Function):
 def without_experts(x_TD: Tensor, routing: Routing, experts: ExpertBank) -> Tensor:
     """In the place of a layer's exchange: what the experts need of the routing, and no expert."""
     grouped.sort_by_expert(routing)
-    return _PassThrough.apply(x_TD, routing.weights_N, torch.ones_like(routing.weights_N))
+    return _PassThrough.apply(x_TD, routing.weights_N, upstream(routing.weights_N))
+
+
+def upstream(weights_N: Tensor) -> Tensor:
+    """Gradient of the weights where no expert gives one; not constant, which renormalised weights would cancel."""
+    return torch.linspace(-1, 1, weights_N.numel())
 
 
 def with_reference(x_TD: Tensor, routing: Routing, experts: ExpertBank) -> Tensor:
@@ -151,7 +156,7 @@ def _gate_topk(case: Case) -> list[Check]:
     x_TD = case.x_BLD.view(-1, case.shape.dim).detach().requires_grad_()
     routing = layer.router(x_TD)
     assert isinstance(routing, Routing)
-    upstream_N = torch.linspace(-1, 1, routing.weights_N.numel())
+    upstream_N = upstream(routing.weights_N)
     got = dict(zip(("dx", "dgate"), torch.autograd.grad(routing.weights_N, (x_TD, weight_ED), upstream_N), strict=True))
     x64_TD, weight64_ED = (leaf.detach().double().requires_grad_() for leaf in (x_TD, weight_ED))
     ids, weights_N = loop_topk(x64_TD @ weight64_ED.T, case.shape.top_k)

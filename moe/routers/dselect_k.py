@@ -13,8 +13,8 @@ saturated bit is frozen for its token, until other tokens move the parameters.
 Two regularisers in training, both means over tokens (sums in the released code, whose strength hence grows with the batch):
 the entropy of each selector, which drives bits to saturation; and, where E is no power of two, 1 / (sum of q over the codes
 that have an expert), since the others waste a selector. a is then not renormalised. A token whose selectors have all
-saturated on codes without expert has no expert: its residual carries it, each of its selectors adds 20 to the reported loss
-"unreachable" where 1 is the least, and no gradient brings it back. A power of two has no such codes.
+saturated on codes without expert has no expert: its residual carries it, no gradient brings it back, and each of its
+selectors counts 20 in the mean that is reported as loss "unreachable", where 1 is the least. A power of two has no such codes.
 
 Legend: T tokens, D model, E experts, K selectors, m bits, C = 2^m codes, R rows: T, or 1 for the static gate.
 """
@@ -44,8 +44,10 @@ class DSelectKConfig(RouterConfig):
         top_k: K selectors, the most experts that a token has in the end.
         gate: "per_example" computes codes and mixture from the token; "static" learns them as such, the same for all tokens.
         gamma: width of the smooth step.
-        entropy_coef: factor on the entropy of the selectors (sum over selectors, mean over tokens).
-        entropy_warmup_steps: the factor grows linearly from 0 over so many optimizer steps; 0 starts with all of it.
+        entropy_coef: factor on the entropy of the selectors (sum over selectors, mean over tokens). The paper tunes it and
+            its code has none by default, but without it per-example gates stay far from K experts per token.
+        entropy_warmup_steps: the factor grows linearly from 0 over so many optimizer steps; 0 starts with all of it. With
+            all of it at once every token saturates on the same codes before the experts differ.
     """
 
     top_k: int = 2

@@ -11,7 +11,9 @@ layers' losses add up, and equality divides. Lambda starts tiny, so training beg
 a symmetric initialisation) and needs the memory for it; about a hundred steps later it is sparse.
 
 A fixed lambda would drive all gates to zero, and an expert that is inactive for every token gets no gradient at all and
-stays so. A token without an active expert passes by its residual alone.
+stays so. A token without an active expert passes by its residual alone. The gate has no bias: on tokens that are symmetric
+about zero every expert is active for half of them whatever its weights are, and lambda rises in vain. What a decoder's norm
+puts out is not symmetric.
 
 Legend: T tokens, D model, E experts.
 """
@@ -113,7 +115,7 @@ class ReLURouter(Router):
 
 
 def l1_loss(weights_TE: Tensor, top_k: int, keep_T: Tensor | None = None) -> Tensor:
-    """() fp32 loss of the module's formula, over the tokens of ``keep_T``; 1 / K times the mean weight where loads are even.
+    """() fp32 loss of the module's formula, over the tokens of ``keep_T``; with even loads of K / E, a token's mean sum of weights.
 
     Args:
         weights_TE: (T, E) R, with gradient.

@@ -118,10 +118,14 @@ def test_gradients_of_the_pure_functions() -> None:
     codes_RKm = ((torch.rand(3, 2, 3, dtype=torch.float64) - 0.5) * 0.9).requires_grad_()  # inside (-gamma/2, gamma/2)
     assert torch.autograd.gradcheck(lambda codes: code_chances(codes, 1.0), codes_RKm)
     assert torch.autograd.gradcheck(lambda codes: selector_entropy(code_chances(codes, 1.0)[..., :5]), codes_RKm)
-    assert torch.autograd.gradcheck(lambda codes: unreachable_penalty(code_chances(codes, 1.0)[..., :5].sum(-1)), codes_RKm)
+    assert torch.autograd.gradcheck(
+        lambda codes: unreachable_penalty(code_chances(codes, 1.0)[..., :5].sum(-1)), codes_RKm
+    )
 
 
-@pytest.mark.parametrize(("num_experts", "gamma", "scale"), [(8, 1.0, 0.1), (8, 1.0, 0.6), (5, 0.5, 0.3), (2, 2.0, 0.5)])
+@pytest.mark.parametrize(
+    ("num_experts", "gamma", "scale"), [(8, 1.0, 0.1), (8, 1.0, 0.6), (5, 0.5, 0.3), (2, 2.0, 0.5)]
+)
 def test_router_against_the_loop(num_experts: int, gamma: float, scale: float) -> None:
     """Weights, and every gradient; experts that are not listed would have got none."""
     router = gate(num_experts, top_k=2, gamma=gamma)

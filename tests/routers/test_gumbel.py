@@ -164,6 +164,8 @@ def test_evaluation_without_noise() -> None:
         assert hard.expert_ids_N.tolist() == x_TD.argmax(-1).tolist()
         assert (hard.weights_N == 1).all()
         assert hard.top_k == router.mean_experts_per_token == 1
+        near_TD = 1e-3 * x_TD  # any noise would decide
+        assert router(near_TD).expert_ids_N.tolist() == x_TD.argmax(-1).tolist()
 
 
 def test_entries_that_underflow_cost_nothing() -> None:

@@ -1,6 +1,8 @@
 """ReLU routing (arXiv 2412.14711): continuity, the regulariser, and the controller of its coefficient."""
 
 import dataclasses
+import itertools
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,8 @@ from models.tiny import layers_of, make_model, tokens
 from torch import Tensor
 
 from moe.layer import finish_step
+from moe.models import MoEForCausalLM
+from moe.routers.balance import BalanceConfig
 from moe.routers.base import Router, StepLoad
 from moe.routers.relu import LEAST_COEF, MOST_COEF, l1_loss
 from moe.types import TokenInfo
@@ -55,7 +59,7 @@ def test_output_is_continuous_where_an_expert_starts() -> None:
         x_TD[0, 2] = value
         outputs.append((layer(x_TD).detach(), len(layer.router(x_TD).weights_N)))
     assert [count for _, count in outputs] == [E - 1, E - 1, E, E]
-    for (before_TD, _), (after_TD, _) in zip(outputs, outputs[1:], strict=False):
+    for (before_TD, _), (after_TD, _) in itertools.pairwise(outputs):
         assert (after_TD - before_TD).abs().max() < 1e-3
 
 
@@ -112,11 +116,23 @@ def test_the_layer_adds_lambda_times_the_gradient_of_the_loss() -> None:
     assert_close("dweight", layer.router.weight.grad, weight_ED.grad, torch.float32)
 
 
+def test_the_switch_loss_does_not_apply() -> None:
+    layer = make_layer(DIM, router={"name": "relu"}, balance=BalanceConfig(aux_coef=0.5))
+    layer(torch.randn(T, DIM)).sum().backward()
+    assert {name for name in layer.stats.sums if name.startswith("loss/")} == {"loss/l1"}
+
+
 def test_controller() -> None:
     """More active than K / E: up by alpha; fewer, or exactly as many: down by alpha."""
     router = relu_router(l1_coef=1e-3)
     coef, target = 1e-3, 2 / E
-    for density, factor in ((0.9, 1.2), (target + 1e-4, 1.2), (target - 1e-4, 1 / 1.2), (0.0, 1 / 1.2), (target, 1 / 1.2)):
+    for density, factor in (
+        (0.9, 1.2),
+        (target + 1e-4, 1.2),
+        (target - 1e-4, 1 / 1.2),
+        (0.0, 1 / 1.2),
+        (target, 1 / 1.2),
+    ):
         router.after_step(load_of(density))
         coef *= factor
         assert router.l1_coef.item() == pytest.approx(coef, rel=1e-5), density
@@ -157,11 +173,24 @@ def test_lambda_is_fp32_saved_and_reset() -> None:
     assert router.l1_coef.item() == pytest.approx(1e-8)
 
 
+def test_lambda_survives_saving_a_model(tmp_path: Path) -> None:
+    """Loading initialises what is not in the file, and lambda is."""
+    model = one_model_step({"name": "relu"})
+    model.save_pretrained(tmp_path)
+    for dtype in (torch.float32, torch.bfloat16):
+        loaded = MoEForCausalLM.from_pretrained(tmp_path, dtype=dtype)
+        for ours, theirs in zip(layers_of(model), layers_of(loaded), strict=True):
+            assert theirs.router.l1_coef.dtype == torch.float32
+            assert torch.equal(theirs.router.l1_coef, ours.router.l1_coef)
+            assert theirs.router.l1_coef != 1e-8
+
+
 def test_moving_lambda_leaves_a_graph_alone() -> None:
     router, x_TD = relu_router(), torch.randn(T, E, requires_grad=True)
     loss = router(x_TD).aux_losses["l1"]
+    total = loss.coef * loss.value
     router.after_step(load_of(1.0))
-    (loss.coef * loss.value).backward()
+    total.backward()
     assert x_TD.grad.abs().max() > 0
 
 
@@ -179,7 +208,7 @@ def test_a_token_without_an_expert_has_its_residual_alone() -> None:
     torch.testing.assert_close(routing.probs_TE[1], torch.full((E,), 1 / E))
     (y_TD.sum() + routing.probs_TE.square().sum()).backward()
     assert x_TD.grad.isfinite().all()
-    assert (layer((-x_TD.detach().abs())) == 0).all(), "no expert at all"
+    assert (layer(-x_TD.detach().abs()) == 0).all(), "no expert at all"
 
 
 @pytest.mark.parametrize("top_k", [2, 3])

@@ -1,10 +1,15 @@
 """Schedules over optimizer steps, and the router that counts them."""
 
+from pathlib import Path
+
 import pytest
 import torch
+from helpers.fitting import one_model_step
 from helpers.layer_oracle import make_layer
 from helpers.routing import make_router
+from models.tiny import layers_of
 
+from moe.models import MoEForCausalLM
 from moe.routers.schedule import ScheduledRouter, TemperatureConfig, anneal
 
 
@@ -54,6 +59,13 @@ def test_temperature() -> None:
 def test_bad_temperatures(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         TemperatureConfig(**options)
+
+
+def test_the_step_survives_saving_a_model(tmp_path: Path) -> None:
+    model = one_model_step({"name": "gumbel"})
+    model.save_pretrained(tmp_path)
+    loaded = MoEForCausalLM.from_pretrained(tmp_path)
+    assert [layer.router.get_buffer("steps").item() for layer in layers_of(loaded)] == [1, 1]
 
 
 def test_steps_are_counted_saved_and_reset() -> None:
