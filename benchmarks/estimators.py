@@ -33,7 +33,7 @@ from torch.nn import functional as F
 
 from benchmarks import pictures
 from benchmarks.spec import Benchmark, Cell, Check, Options, Row
-from moe.routers.sparsemixer import MIDPOINT, Rule, straight_through
+from moe.routers.sparsemixer import MIDPOINT, Rule, rule_weights
 from moe.routers.sparsemixer_v2 import HEUN, HEUN_CORRECTED
 
 if TYPE_CHECKING:
@@ -157,7 +157,7 @@ def _sparsemixer(logits_E: Tensor, noise_OE: Tensor, rule: Rule, argmax_rule: bo
     if argmax_rule:
         full_O = full_O | (ids_O == logits_E.argmax())
     probs_O = leaf_OE.softmax(-1).gather(1, ids_O[:, None])[:, 0]
-    weights_OE = F.one_hot(ids_O, num_experts) * straight_through(probs_O, full_O, rule)[:, None]
+    weights_OE = F.one_hot(ids_O, num_experts) * rule_weights(probs_O, full_O, rule)[:, None]
     return Outcomes(logits_OE=leaf_OE, weights_OE=weights_OE, chances_O=chances_O)
 
 

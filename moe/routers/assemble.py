@@ -1,4 +1,4 @@
-"""The two ways to make a `Routing`: from K chosen experts per token, or from a T x E matrix with zeros.
+"""The two ways to make a `Routing`: from K chosen experts per token, or from a T x E matrix with zeros; straight-through weights.
 
 Legend: T tokens, E experts, K top-k, N assignments.
 """
@@ -55,3 +55,8 @@ def routing_of_matrix(weights_TE: Tensor, listed_TE: Tensor | None = None, **res
         counts_E=listed_TE.sum(0),
         **rest,
     )
+
+
+def straight_through(forward: Tensor, backward: Tensor) -> Tensor:
+    """The value of ``forward``, exactly, with the gradient of ``backward`` (arXiv 1308.3432)."""
+    return forward + (backward - backward.detach())

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moe.routers.assemble import routing_of_choices, routing_of_matrix
+from moe.routers.assemble import routing_of_choices, routing_of_matrix, straight_through
 from moe.routers.schedule import ScheduledRouter, TemperatureConfig
 from moe.types import NO_INFO, Routing, TokenInfo
 
@@ -115,11 +115,6 @@ def gumbel_noise(like: Tensor) -> Tensor:
 def gumbel_softmax(logits_TE: Tensor, noise_TE: Tensor, temperature: Tensor | float) -> Tensor:
     """(T, E) softmax((logits + noise) / temperature); the noise broadcasts."""
     return ((logits_TE + noise_TE) / temperature).softmax(-1)
-
-
-def straight_through(forward: Tensor, backward: Tensor) -> Tensor:
-    """The value of ``forward``, exactly, with the gradient of ``backward`` (arXiv 1308.3432)."""
-    return forward + (backward - backward.detach())
 
 
 def mean_gumbel_softmax(logits_TE: Tensor, noise_SE: Tensor, temperature: Tensor | float) -> Tensor:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moe.routers.assemble import routing_of_choices
+from moe.routers.assemble import routing_of_choices, straight_through
 from moe.routers.base import Router, RouterConfig
 from moe.types import NO_INFO, Routing, TokenInfo
 
@@ -86,10 +86,10 @@ def sample(probs_TE: Tensor) -> Tensor:
     return (probs_TE.detach() / clocks_TE).argmax(-1)
 
 
-def straight_through(probs_T: Tensor, full_T: Tensor, rule: Rule) -> Tensor:
+def rule_weights(probs_T: Tensor, full_T: Tensor, rule: Rule) -> Tensor:
     """Exactly p or, where not ``full_T`` (bool), ``rule.low`` * p in the forward pass; the gradient of ``rule.gain`` * p."""
     forward_T = torch.where(full_T, probs_T, rule.low * probs_T).detach()
-    return forward_T + rule.gain * (probs_T - probs_T.detach())
+    return straight_through(forward_T, rule.gain * probs_T)
 
 
 def choose(logits_TE: Tensor, kept_TE: Tensor, rule: Rule, training: bool) -> Choice:
@@ -109,7 +109,7 @@ def choose(logits_TE: Tensor, kept_TE: Tensor, rule: Rule, training: bool) -> Ch
     weights_T = probs_TE.gather(1, ids_T[:, None])[:, 0]
     if training:
         full_T = (ids_T == best_T) | (torch.rand_like(weights_T) < rule.full_chance)
-        weights_T = straight_through(weights_T, full_T, rule)
+        weights_T = rule_weights(weights_T, full_T, rule)
     return Choice(ids_T=ids_T, weights_T=weights_T, probs_TE=probs_TE)
 
 

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moe.routers.assemble import routing_of_matrix
+from moe.routers.assemble import routing_of_matrix, straight_through
 from moe.routers.base import Router, RouterConfig
 from moe.types import NO_INFO, AuxLoss, Routing, TokenInfo
 
@@ -101,23 +101,23 @@ class StochasticRouter(Router):
             listed_TE, aux_losses = None, {}
             if self.training:
                 open_TE = torch.rand_like(logits_TE) < logits_TE.detach().sigmoid()
-                weights_TE = straight_through(logits_TE, open_TE, self.config.straight_through)
+                weights_TE = gate_weights(logits_TE, open_TE, self.config.straight_through)
                 listed_TE = torch.ones_like(open_TE) if self.config.backward == "all" else open_TE
                 rate = self.config.target_k / self.num_experts
                 aux_losses["rate"] = AuxLoss(value=rate_loss(logits_TE, rate, info.keep_T), coef=self.config.rate_coef)
             elif self.config.evaluation == "expected":
                 weights_TE = logits_TE.sigmoid()
             else:
-                weights_TE = straight_through(logits_TE, logits_TE > 0, self.config.straight_through)
+                weights_TE = gate_weights(logits_TE, logits_TE > 0, self.config.straight_through)
             # sigmoid(a_i) / sum_j sigmoid(a_j), without 0 / 0 where all gates are shut
             probs_TE = F.logsigmoid(logits_TE).softmax(-1)
         return routing_of_matrix(weights_TE, listed_TE, logits_TE=logits_TE, probs_TE=probs_TE, aux_losses=aux_losses)
 
 
-def straight_through(logits_TE: Tensor, open_TE: Tensor, kind: Literal["identity", "sigmoid"]) -> Tensor:
+def gate_weights(logits_TE: Tensor, open_TE: Tensor, kind: Literal["identity", "sigmoid"]) -> Tensor:
     """Exactly 0 or 1 in the forward pass; its gradient in the logit is 1, or sigmoid'."""
     slope_TE = logits_TE if kind == "identity" else logits_TE.sigmoid()
-    return open_TE.to(logits_TE.dtype) + (slope_TE - slope_TE.detach())
+    return straight_through(open_TE.to(logits_TE.dtype), slope_TE)
 
 
 def rate_loss(logits_TE: Tensor, rate: float, keep_T: Tensor | None = None) -> Tensor:

@@ -39,7 +39,7 @@ def test_gate_sees_a_wrong_estimator(monkeypatch: pytest.MonkeyPatch) -> None:
         return torch.where(full_T, probs_T, probs_T / 2).detach() + 2 * (probs_T - probs_T.detach())
 
     assert all(check.passed for check in estimators.gate(Options(quick=True)))
-    monkeypatch.setattr(estimators, "straight_through", doubled)
+    monkeypatch.setattr(estimators, "rule_weights", doubled)
     failed = {check.name for check in estimators.gate(Options(quick=True)) if not check.passed}
     assert "SparseMixer-v2, no argmax rule, linear, E=4" in failed
     assert "SparseMixer-v2*, no argmax rule, cubic, E=16" in failed

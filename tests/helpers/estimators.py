@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from moe.routers.sparsemixer import Rule, masked_softmax, straight_through
+from moe.routers.sparsemixer import Rule, masked_softmax, rule_weights
 
 Loss = Callable[[Tensor], Tensor]  # (O, D) -> (O,)
 
@@ -56,7 +56,7 @@ def expected(loss: Loss, rule: Rule, argmax_rule: bool = False) -> Tensor:
             is_full = torch.tensor([full or (argmax_rule and drawn == BEST)])
 
             def value(probs_E: Tensor, drawn: int = drawn, is_full: Tensor = is_full) -> Tensor:
-                weight_T = straight_through(probs_E[drawn : drawn + 1], is_full, rule)
+                weight_T = rule_weights(probs_E[drawn : drawn + 1], is_full, rule)
                 return loss(weight_T[:, None] * EXPERTS_ED[drawn]).sum()
 
             total_E += chances_E[drawn] * chance * gradient(value)

@@ -9,7 +9,7 @@ from helpers.layer_oracle import make_layer
 from helpers.routing import make_router
 from torch import Tensor
 
-from moe.routers.stochastic import rate_loss, straight_through
+from moe.routers.stochastic import gate_weights, rate_loss
 from moe.types import TokenInfo
 
 E, D = 4, 3
@@ -38,7 +38,7 @@ def estimated(loss, kind: str, chosen_only: bool) -> Tensor:
     total_E = torch.zeros(E, dtype=torch.float64)
     for open_E, chance in outcomes():
         leaf_E = LOGITS_E.clone().requires_grad_()
-        weights_E = straight_through(leaf_E, open_E, kind)
+        weights_E = gate_weights(leaf_E, open_E, kind)
         listed_E = open_E if chosen_only else torch.ones_like(open_E)
         loss(weights_E[listed_E] @ EXPERTS_ED[listed_E]).backward()
         total_E += chance * leaf_E.grad
