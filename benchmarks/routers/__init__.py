@@ -9,30 +9,35 @@
 on seeds that it does not report, with the same grid for all routers.
 """
 
+import importlib
 from types import ModuleType
 
-from benchmarks.routers import clusters, multitask, pictures, tabular, text
 from benchmarks.spec import Benchmark, Check, Options, Row
 
-PARTS: dict[str, ModuleType] = {"text": text, "clusters": clusters, "multitask": multitask, "tabular": tabular}
+PARTS = ("text", "clusters", "multitask", "tabular")
 
 
-def _chosen(options: Options) -> dict[str, ModuleType]:
-    return {name: module for name, module in PARTS.items() if options.part in (None, name)}
+def _module(name: str) -> ModuleType:
+    """Imported when asked for: a worker process of one part needs no other."""
+    return importlib.import_module(f"benchmarks.routers.{name}")
+
+
+def _chosen(options: Options) -> list[str]:
+    return [part for part in PARTS if options.part in (None, part)]
 
 
 def gate(options: Options) -> list[Check]:
     """The checks of every part that runs."""
-    return [check for module in _chosen(options).values() for check in module.gate(options)]
+    return [check for part in _chosen(options) for check in _module(part).gate(options)]
 
 
 def run(options: Options, keys: tuple[str, ...] | None = None) -> list[Row]:
     """The rows of every part, and a picture of each; ``keys`` limits the routers (by their labels)."""
-    rows = []
-    for name, module in _chosen(options).items():
-        found = module.run(options, keys)
+    rows: list[Row] = []
+    for part in _chosen(options):
+        found = _module(part).run(options, keys)
         if not options.quick:
-            pictures.draw(name, found)
+            _module("pictures").draw(part, found)
         rows += found
     return rows
 
@@ -40,7 +45,7 @@ def run(options: Options, keys: tuple[str, ...] | None = None) -> list[Row]:
 BENCHMARK = Benchmark(
     name="routers",
     description="every router: on text, on clustered data, on tasks with known experts; GG MoE on tables",
-    parts=tuple(PARTS),
+    parts=PARTS,
     columns=(
         "part",
         "case",

@@ -43,8 +43,8 @@ SCALE = 10.0
 CEILING = 1 - 3 / 5 / 8  # of the accuracy of one network for all clusters
 STEPS, NUM_EXAMPLES = 500, 4000
 EXPERT_RATE, SMALL = 1e-3, 1e-3
-ROUTER_RATES = (0.1, 1.0)
-SINGLE_RATES = (1e-3, 3e-3, 1e-2)
+ROUTER_RATES: tuple[float, ...] = (0.1, 1.0)
+SINGLE_RATES: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
 CASES = {"cubic": 3, "linear": 1}
 SINGLES = {"one expert": WIDTH, f"one expert, {NUM_EXPERTS} times wider": WIDTH * NUM_EXPERTS}
 
@@ -120,8 +120,8 @@ class PatchExperts(nn.Module):
         assert self.weight_EHD.grad is not None and self.bias_EH.grad is not None
         norm_E = self.weight_EHD.grad.flatten(1).norm(dim=1) + self.bias_EH.grad.norm(dim=1)
         step_E = torch.where(norm_E > 0, rate / norm_E.clamp_min(1e-30), 0)
-        self.weight_EHD -= step_E[:, None, None] * self.weight_EHD.grad
-        self.bias_EH -= step_E[:, None] * self.bias_EH.grad
+        self.weight_EHD.sub_(step_E[:, None, None] * self.weight_EHD.grad)
+        self.bias_EH.sub_(step_E[:, None] * self.bias_EH.grad)
 
 
 def cluster_entropy(weights_TE: Tensor, clusters_T: Tensor) -> float:
@@ -154,7 +154,11 @@ def train(setting: GateSetting, power: int, rate: float, seed: int, steps: int, 
     router_class, config = parse_router({"name": setting.name, **setting.options(steps)})
     router = router_class(PATCH_DIM, NUM_EXPERTS, config)
     router.reset_parameters(SMALL)
-    x_TX, gate_TD, info = data.x_TPD.flatten(1), gate_input(data.x_TPD), TokenInfo(input_ids_T=torch.arange(num_examples))
+    x_TX, gate_TD, info = (
+        data.x_TPD.flatten(1),
+        gate_input(data.x_TPD),
+        TokenInfo(input_ids_T=torch.arange(num_examples)),
+    )
 
     def predict(rows: slice) -> tuple[Tensor, Routing | SoftRouting]:
         routing = router(gate_TD[rows], info)
@@ -171,7 +175,7 @@ def train(setting: GateSetting, power: int, rate: float, seed: int, steps: int, 
         with torch.no_grad():
             for parameter in router.parameters():
                 if parameter.grad is not None:
-                    parameter -= rate * parameter.grad
+                    parameter.sub_(rate * parameter.grad)
         finish_step(router, routing, num_examples, setting.bias_update_rate)
         used += evaluations(routing, num_examples) / steps
     router.eval()
@@ -279,7 +283,9 @@ def gate(options: Options) -> list[Check]:
     size = gate_input(data.x_TPD).square().mean().sqrt().item()
     error = 4 * 0.5 / math.sqrt(num_examples)
     return [
-        Check(name="clusters: directions are orthonormal", error=float((gram_XX - torch.eye(8)).abs().max()), limit=1e-5),
+        Check(
+            name="clusters: directions are orthonormal", error=float((gram_XX - torch.eye(8)).abs().max()), limit=1e-5
+        ),
         Check(name="clusters: labels are balanced", error=abs(y_T.mean().item()) / 2, limit=error),
         Check(name="clusters: the feature of the own cluster tells the label", error=1 - mean_of(known_T), limit=0.005),
         Check(name="clusters: the sum of all features does in 65 %", error=abs(mean_of(blind_T) - 0.65), limit=error),

@@ -11,6 +11,8 @@ features, with which the paper's results are best, are left out here for all mod
 Legend: T rows, D features, E experts, F = d_block / E, O outputs.
 """
 
+import itertools
+
 import torch
 from torch import Tensor, nn
 
@@ -35,7 +37,7 @@ class TableMoE(nn.Module):
         hidden = d_block // NUM_EXPERTS
         sizes = [dim, *[hidden] * NUM_BLOCKS, num_outputs]
         self.weights = nn.ParameterList()
-        for fan_in, fan_out in zip(sizes[:-1], sizes[1:], strict=True):
+        for fan_in, fan_out in itertools.pairwise(sizes):
             bound = fan_out**-0.5
             self.weights.append(torch.empty(NUM_EXPERTS, fan_in, fan_out).uniform_(-bound, bound))
         router_class, config = parse_router({"name": "gumbel", "eval_samples": 10 if sampled else 0})

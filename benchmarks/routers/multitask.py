@@ -201,9 +201,7 @@ def run(options: Options, keys: tuple[str, ...] | None) -> list[Row]:
     ]
     rows = run_all(work, jobs, options, describe)
     return rows + [
-        {"part": "multitask", "router": setting.key, "note": setting.left_out}
-        for setting in chosen
-        if setting.left_out
+        {"part": "multitask", "router": setting.key, "note": setting.left_out} for setting in chosen if setting.left_out
     ]
 
 

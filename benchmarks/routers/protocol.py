@@ -14,7 +14,8 @@ from benchmarks.spec import Options
 SEEDS = (0, 1, 2)
 TUNING_SEED = 100  # learning rates are chosen on it and reported on none of `SEEDS`
 
-Job, Result = TypeVar("Job"), TypeVar("Result")
+Job = TypeVar("Job")
+Result = TypeVar("Result")
 
 
 def mean(values: Sequence[float], digits: int = 4) -> float:
