@@ -16,7 +16,7 @@ EOF
 
 echo "== native kernel tests"
 timeout 200 "$python" -m pytest -q -x -p no:cacheprovider -o addopts= -o filterwarnings= \
-  tests/kernels tests/test_layer_compile.py 2>&1 | tee "$out/tests.log" | tail -15
+  --ignore tests/kernels/test_kernel_resources.py tests/kernels tests/test_layer_compile.py 2>&1 | tee "$out/tests.log" | tail -15
 tests=${PIPESTATUS[0]}
 
 echo "== gpu-layer"

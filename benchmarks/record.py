@@ -2,6 +2,7 @@
 
 import csv
 import importlib.metadata
+import os
 import platform
 import subprocess
 from datetime import UTC, datetime
@@ -17,7 +18,10 @@ ENVIRONMENT = ("date", "commit", "dirty", "device", "num_threads", "torch", "tra
 
 
 def _git(*args: str) -> str:
-    done = subprocess.run(["git", "-C", str(ROOT), *args], capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(["git", "-C", str(ROOT), *args], capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return ""
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
@@ -44,14 +48,15 @@ def _cpu_name() -> str:
 def environment(device: str | None = None) -> Row:
     """The first columns of every row.
 
-    ``dirty`` is 1 when tracked files other than results differ from the commit. ``device`` is the processor unless given.
+    ``dirty`` is 1 when tracked files other than results differ from the commit. ``device`` is the processor unless given. Where
+    the files came without their repository, ``BENCHMARK_COMMIT`` says which commit they are.
     """
     changed = _git(
         "status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results", ":!docs", ":!*.md"
     )
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "commit": _git("rev-parse", "--short", "HEAD"),
+        "commit": os.environ.get("BENCHMARK_COMMIT") or _git("rev-parse", "--short", "HEAD"),
         "dirty": int(bool(changed)),
         "device": device or _cpu_name(),
         "num_threads": torch.get_num_threads(),

@@ -1,5 +1,6 @@
 """Gate and rows of ``gpu-layer``; see the package."""
 
+import subprocess
 import time
 
 import torch
@@ -15,6 +16,16 @@ GATE_CASES = [
     Case(table="gate", num_tokens=1000, dim=256, hidden=192, num_experts=32, top_k=4, routing=routing)
     for routing in ("uniform", "zipf", "one expert")
 ]
+
+
+def _device_name() -> str:
+    """The card and its driver."""
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        driver = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout.splitlines()[0]
+    except (OSError, subprocess.SubprocessError, IndexError):
+        return torch.cuda.get_device_name()
+    return f"{torch.cuda.get_device_name()}, driver {driver.strip()}"
 
 
 def _device() -> torch.device:
@@ -62,7 +73,7 @@ def _rows(case: Case, device: torch.device, repeats: int, options: Options) -> l
         if name.startswith("transformers") and case.activation != "swiglu":
             continue
         row: Row = {
-            "part": case.table, "routing": case.routing, "T": case.num_tokens, "D": case.dim, "F": case.hidden,
+            "device": _device_name(), "part": case.table, "routing": case.routing, "T": case.num_tokens, "D": case.dim, "F": case.hidden,
             "E": case.num_experts, "K": case.top_k, "activation": case.activation, "implementation": name,
         }  # fmt: skip
         try:
