@@ -73,7 +73,8 @@ def _rows(case: Case, device: torch.device, repeats: int, options: Options) -> l
         if name.startswith("transformers") and case.activation != "swiglu":
             continue
         row: Row = {
-            "device": _device_name(), "part": case.table, "routing": case.routing, "T": case.num_tokens, "D": case.dim, "F": case.hidden,
+            "device": _device_name(),
+            "part": case.table, "routing": case.routing, "T": case.num_tokens, "D": case.dim, "F": case.hidden,
             "E": case.num_experts, "K": case.top_k, "activation": case.activation, "implementation": name,
         }  # fmt: skip
         try:
