@@ -9,8 +9,9 @@ one free vector per task. Two cases:
 - ``learned``: experts (twice as wide as the true ones) and gates are learned together. Learned experts have no order, so that
   they are matched with the true ones by the assignment that recovers most.
 
-An expert is in a task's support when its weight is above 5% of the task's total, in evaluation. The mean squared error is
-against targets without noise, whose variance is about 1 for a single expert.
+Each router takes the learning rate of the grid with the lowest loss on a seed that is not reported. An expert is in a task's
+support when its weight is above 5% of the task's total, in evaluation. The mean squared error is against targets without noise,
+whose variance is about 1 for a single expert.
 
 Legend: M tasks, E experts, T inputs, D their size, F hidden units.
 """

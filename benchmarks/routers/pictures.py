@@ -1,11 +1,14 @@
-"""Pictures of the benchmark ``routers``, drawn from its rows; ``results/routers-PART.png``."""
+"""Pictures of the benchmark ``routers``, drawn from its rows; ``results/routers-PART.png``.
+
+``python -m benchmarks.routers.pictures`` draws them again from the recorded runs.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks import pictures
-from benchmarks.routers import clusters, text
+from benchmarks import pictures, record
+from benchmarks.routers import BENCHMARK, clusters, text
 from benchmarks.spec import Row
 
 if TYPE_CHECKING:
@@ -15,10 +18,12 @@ if TYPE_CHECKING:
 ACCENT, SECOND, MUTED = "#2557d6", "#d9480f", "#5b6470"
 
 
+NEAR = 0.06  # nats above the dense model, beyond which a router is drawn at the upper edge, with its loss
+
+
 def number(row: Row, column: str) -> float:
-    value = row[column]
-    assert isinstance(value, (int, float)), f"{row['router']}: {column} is {value!r}"
-    return value
+    """Of a row as it was made, or as it was read from the CSV."""
+    return float(str(row[column]))
 
 
 def single(row: Row) -> list[float]:
@@ -47,10 +52,20 @@ def text_figure(rows: list[Row]) -> "Figure":
     left.axvline(number(dense, "loss"), color=MUTED, linewidth=1, linestyle="--")
     dots(left, rows, single, ACCENT)
     pictures.style(right, "Loss and speed", "tokens per second of a training step", "held-out loss")
+    lowest, highest = number(rows[0], "loss"), number(dense, "loss") + NEAR
+    gap = (highest - lowest) / 26  # between lines of text
+    label_y, last_x = lowest - 2 * gap, max(number(row, "tokens_per_s") for row in rows)
     for row in rows:
-        place = number(row, "tokens_per_s"), number(row, "loss")
-        right.plot(*place, "o", color=MUTED if row is dense else SECOND, markersize=6)
-        right.annotate(str(row["router"]), place, xytext=(5, 3), textcoords="offset points", fontsize=7.5)
+        x, loss = number(row, "tokens_per_s"), number(row, "loss")
+        inside = loss <= highest
+        y, color = min(loss, highest), MUTED if row is dense else SECOND
+        label_y = max(y, label_y + gap)
+        right.plot(x, y, "o" if inside else "^", color=color, markersize=6)
+        right.plot([x, 1.12 * last_x], [y, label_y], color=color, linewidth=0.6, alpha=0.4)
+        name = str(row["router"]) if inside else f"{row['router']}: {loss:.2f}"
+        right.annotate(name, (1.13 * last_x, label_y), fontsize=7.5, va="center")
+    right.set_xlim(right=1.5 * last_x)
+    right.set_xticks([tick for tick in right.get_xticks() if tick <= 1.05 * last_x])
     return figure
 
 
@@ -65,9 +80,9 @@ def clusters_figure(rows: list[Row]) -> "Figure":
         gated = [row for row in found if row["router"] not in clusters.SINGLES]
         dots(right, gated, lambda row: [number(row, "cluster_entropy")], color, f"{case} experts")
     pictures.style(left, "Accuracy on the clustered problem", "share of test examples; dots are seeds")
+    left.legend(frameon=False, loc="upper left")
     left.axvline(clusters.CEILING, color=MUTED, linewidth=1, linestyle="--")
     pictures.style(right, "Does an expert keep to a cluster?", "H(cluster | expert) in nats; 0: yes, 1.39: not at all")
-    right.legend(frameon=False, loc="lower right")
     return figure
 
 
@@ -91,6 +106,7 @@ def tabular_figure(rows: list[Row]) -> "Figure":
         metric = {"R2": "R^2"}.get(str(found[0]["metric"]), "accuracy")
         pictures.style(axes, str(case), f"{metric} minus that of the MLP on the same split")
         axes.axvline(0, color=MUTED, linewidth=1, linestyle="--")
+        axes.locator_params(axis="x", nbins=5)
 
         def gains(row: Row, base: list[float] = base) -> list[float]:
             return [value - start for value, start in zip(single(row), base, strict=True)]
@@ -110,3 +126,8 @@ FIGURES: dict[str, Callable[[list[Row]], "Figure"]] = {
 def draw(part: str, rows: list[Row]) -> Path:
     """Write the picture of a part."""
     return pictures.save(FIGURES[part](rows), f"routers-{part}")
+
+
+if __name__ == "__main__":
+    for name in FIGURES:
+        print(draw(name, [dict(row) for row in record.latest(BENCHMARK, name)]))

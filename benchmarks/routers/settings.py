@@ -5,7 +5,9 @@ Routers that take one expert per token get 4 experts of width 2F: the same activ
 evaluate more than the budget keep the 8 experts, and the column ``ffn_flops`` says how much more they compute.
 
 The other parts use routers alone, as gates: one of 8 experts per example for the clusters, as in that paper, and two of 8 per
-task for the multi-task problem. What is not set here is the router's default.
+task for the multi-task problem. The Switch loss is a layer's and acts in the text model only; losses of a router's own act
+everywhere. Two routers have such losses besides what they do otherwise, so the multi-task problem has them without, too.
+What is not set here is the router's default.
 """
 
 from collections.abc import Callable
@@ -174,4 +176,18 @@ def _gates(top_k: int) -> tuple[GateSetting, ...]:
 
 
 CLUSTERS = _gates(1)
-MULTITASK = _gates(TOP_K)
+MULTITASK = (
+    *_gates(TOP_K),
+    GateSetting(
+        name="noisy_topk",
+        label="noisy_topk, no losses",
+        options=lambda steps: {"top_k": TOP_K, "importance_coef": 0.0, "load_coef": 0.0},
+        note="the noise alone",
+    ),
+    GateSetting(
+        name="gshard",
+        label="gshard, no loss",
+        options=lambda steps: {"balance_coef": 0.0},
+        note="the dropped second experts alone",
+    ),
+)

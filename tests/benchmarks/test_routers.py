@@ -101,6 +101,13 @@ def test_a_step_moves_schedules_and_biases() -> None:
     weights_TE[:, 1] = 1.0
     combine.finish_step(router, routing_of_matrix(weights_TE), 6, bias_update_rate=0.5)
     assert router.get_buffer("bias_E").tolist() == [0.5, -0.5, 0.5, 0.5]
+    relu_class, relu_config = parse_router({"name": "relu", "top_k": 2, "l1_coef": 1.0, "l1_step": 2.0})
+    relu = relu_class(8, 4, relu_config)
+    for active, expected in ((3, 2.0), (1, 1.0)):  # of 4 experts per token; the target is 2
+        weights_TE = torch.zeros(6, 4)
+        weights_TE[:, :active] = 1.0
+        combine.finish_step(relu, routing_of_matrix(weights_TE), 6)
+        assert relu.get_buffer("l1_coef").item() == expected
 
 
 # --- settings
@@ -244,7 +251,7 @@ def test_dense_gates_find_known_experts() -> None:
 def test_splits_are_fixed_disjoint_and_cover_the_table() -> None:
     first, again, other = (tabular.load_table("wine", seed) for seed in (1, 1, 2))
     assert torch.equal(first.test.x_TD, again.test.x_TD)
-    assert not torch.equal(first.test.x_TD, other.test.x_TD)
+    assert not torch.equal(first.test.y, other.test.y)
     sizes = [len(part.x_TD) for part in (first.train, first.valid, first.test)]
     assert sum(sizes) == 178
     assert sizes[1] == sizes[2] == 36
