@@ -5,7 +5,6 @@ registers and stack per thread, shared memory per program, tensor-core instructi
 the slower one of earlier cards), and local-memory loads, which are spills. These are facts about the code, not speeds.
 """
 
-import contextlib
 import re
 import subprocess
 import tempfile
@@ -13,13 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 
 from benchmarks.spec import Benchmark, Cell, Check, Options, Row
 from moe.kernels import triton_gemm as gemm
 from moe.kernels.triton_tuning import Blocks, blocks_for
 
 ROWS = {"many": 512, "some": 64, "few": 4}  # rows per expert
-SHARED_BYTES = 227 * 1024  # that one program may use on Hopper
 _INDICES = ("tokens_ptr", "offsets_ptr", "experts_ptr", "starts_ptr", "total_ptr")
 _FP32 = ("weights_ptr", "dweights_ptr")
 VARIANTS: dict[str, tuple[str, Any, dict[str, object]]] = {
@@ -34,10 +35,6 @@ VARIANTS: dict[str, tuple[str, Any, dict[str, object]]] = {
 
 def _compile(kernel: Any, constants: dict[str, object], blocks: Blocks) -> Any:
     """A compiled kernel for sm_90: bf16 tensors, all sizes and addresses divisible by 16."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     meta = blocks.meta()
     options = {key: meta.pop(key) for key in ("num_warps", "num_stages")}
     constants = {**constants, **meta, "PRECISION": "ieee"}
@@ -60,8 +57,6 @@ def _compile(kernel: Any, constants: dict[str, object], blocks: Blocks) -> Any:
 
 
 def _cuobjdump(option: str, cubin: Path) -> str:
-    import triton
-
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     return subprocess.run([tool, option, cubin], capture_output=True, text=True, check=True).stdout
 
@@ -100,11 +95,8 @@ def examine(name: str, rows: str) -> Row:
 
 def gate(options: Options) -> list[Check]:
     """The kernels are compiled, not interpreted, and the up-projection uses Hopper's tensor cores."""
-    with contextlib.suppress(ImportError):
-        import triton
-
-        if triton.knobs.runtime.interpret:
-            raise RuntimeError("kernel-resources compiles kernels; unset TRITON_INTERPRET")
+    if triton.knobs.runtime.interpret:
+        raise RuntimeError("kernel-resources compiles kernels; unset TRITON_INTERPRET")
     row = examine("up", "many")
     return [Check(name="up does without HGMMA", error=float(not row["hgmma"]), limit=0.0)]
 

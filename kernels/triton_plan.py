@@ -1,6 +1,6 @@
 """Sorting assignments by expert and cutting them into tiles, on the device and without waiting for it.
 
-A counting sort in three launches: histograms of blocks, their running sums per expert, and a scatter. It is stable and uses
+A counting sort in four launches: histograms of blocks, their running sums per expert, offsets, and a scatter. It is stable and uses
 no atomics, so the order is the same on every run. Everything after it reads offsets and tiles from device memory: the host
 knows only how many assignments there are, and an upper bound for the number of tiles.
 

@@ -245,7 +245,7 @@ class MoELayer(nn.Module):
         keep_T = self.context.token_mask_T
         counts_E = self._counts(routing, keep_T)
         balance = self.spec.balance
-        is_global = balance.aux_coef > 0 and balance.aux_scope == "global_batch"
+        is_global = balance.aux_coef > 0 and balance.aux_scope == "global_batch" and self.router.takes_balance_loss
         global_counts_E = self._reduced(counts_E) if is_global else None
         balance_counts_E = counts_E if global_counts_E is None else global_counts_E
         if self._global_counts_E is not None:

@@ -94,3 +94,9 @@ class Router(nn.Module, ABC):
             if before is not None and moved is not None and moved.dtype != torch.float32:
                 self._buffers[name] = before.to(moved.device)
         return self
+
+
+def check_top_k(top_k: int, num_experts: int) -> None:
+    """Raise a ValueError if there are fewer than K experts."""
+    if top_k > num_experts:
+        raise ValueError(f"router.top_k={top_k} is more than num_experts={num_experts}; lower it or add experts")

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moe.routers.assemble import routing_of_matrix
-from moe.routers.base import RouterConfig
+from moe.routers.base import RouterConfig, check_top_k
 from moe.routers.losses import masked_mean
 from moe.routers.schedule import ScheduledRouter, anneal
 from moe.types import NO_INFO, AuxLoss, Routing, TokenInfo
@@ -82,10 +82,7 @@ class DSelectKRouter(ScheduledRouter):
         super().__init__(dim, num_experts, config)
         if num_experts < 2:
             raise ValueError(f"num_experts={num_experts} leaves router dselect_k nothing to choose; use at least 2")
-        if config.top_k > num_experts:
-            raise ValueError(
-                f"router.top_k={config.top_k} is more than num_experts={num_experts}; lower it or add experts"
-            )
+        check_top_k(config.top_k, num_experts)
         self.num_bits = (num_experts - 1).bit_length()
         num_codes = config.top_k * self.num_bits
         self.weight, self.mix_weight = None, None

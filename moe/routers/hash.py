@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from moe.routers.assemble import routing_of_choices
-from moe.routers.base import Router, RouterConfig
+from moe.routers.base import Router, RouterConfig, check_top_k
 from moe.types import NO_INFO, Routing, TokenInfo
 
 METHODS = ("mod", "random", "balanced")
@@ -68,10 +68,7 @@ class HashRouter(Router):
 
     def __init__(self, dim: int, num_experts: int, config: HashConfig) -> None:
         super().__init__(dim, num_experts, config)
-        if config.top_k > num_experts:
-            raise ValueError(
-                f"router.top_k={config.top_k} is more than num_experts={num_experts}; lower it or add experts"
-            )
+        check_top_k(config.top_k, num_experts)
         if config.method == "balanced":
             table_VK = torch.empty(config.vocab_size or 0, config.top_k, dtype=torch.int32)
             self.register_buffer("table_VK", table_VK)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moe.routers.assemble import routing_of_matrix
-from moe.routers.base import Router, RouterConfig, StepLoad
+from moe.routers.base import Router, RouterConfig, StepLoad, check_top_k
 from moe.routers.losses import masked_mean
 from moe.types import NO_INFO, AuxLoss, Routing, TokenInfo
 
@@ -72,10 +72,7 @@ class ReLURouter(Router):
 
     def __init__(self, dim: int, num_experts: int, config: ReLUConfig) -> None:
         super().__init__(dim, num_experts, config)
-        if config.top_k > num_experts:
-            raise ValueError(
-                f"router.top_k={config.top_k} is more than num_experts={num_experts}; lower it or add experts"
-            )
+        check_top_k(config.top_k, num_experts)
         self.weight = nn.Parameter(torch.empty(num_experts, dim))
         self.register_buffer("l1_coef", torch.zeros((), dtype=torch.float32))
         self.reset_parameters(0.02)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from moe.routers.assemble import routing_of_choices
-from moe.routers.base import Router, RouterConfig
+from moe.routers.base import Router, RouterConfig, check_top_k
 from moe.types import NO_INFO, Routing, TokenInfo
 
 
@@ -45,10 +45,7 @@ class RoundRobinRouter(Router):
 
     def __init__(self, dim: int, num_experts: int, config: RoundRobinConfig) -> None:
         super().__init__(dim, num_experts, config)
-        if config.top_k > num_experts:
-            raise ValueError(
-                f"router.top_k={config.top_k} is more than num_experts={num_experts}; lower it or add experts"
-            )
+        check_top_k(config.top_k, num_experts)
 
     def reset_parameters(self, std: float) -> None:
         """Nothing to initialise."""

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from moe.routers.assemble import routing_of_choices
 from moe.routers.assignment import balanced_assignment, sinkhorn_prices
-from moe.routers.base import Router, RouterConfig
+from moe.routers.base import Router, RouterConfig, check_top_k
 from moe.routers.groups import GroupKind, TokenGroups, check_group, describe_leak, group_tokens
 from moe.types import NO_INFO, Routing, TokenInfo
 
@@ -80,10 +80,7 @@ class SinkhornRouter(Router):
 
     def __init__(self, dim: int, num_experts: int, config: SinkhornConfig) -> None:
         super().__init__(dim, num_experts, config)
-        if config.top_k > num_experts:
-            raise ValueError(
-                f"router.top_k={config.top_k} is more than num_experts={num_experts}; lower it or add experts"
-            )
+        check_top_k(config.top_k, num_experts)
         self.weight = nn.Parameter(torch.empty(num_experts, dim))
         self.reset_parameters(0.02)
 

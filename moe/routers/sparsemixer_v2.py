@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moe.routers.assemble import routing_of_choices
-from moe.routers.base import Router, RouterConfig
+from moe.routers.base import Router, RouterConfig, check_top_k
 from moe.routers.sparsemixer import Rule, check_jitter_eps, choose, near_best
 from moe.types import NO_INFO, Routing, TokenInfo
 
@@ -68,10 +68,7 @@ class SparseMixerV2Router(Router):
 
     def __init__(self, dim: int, num_experts: int, config: SparseMixerV2Config) -> None:
         super().__init__(dim, num_experts, config)
-        if config.top_k > num_experts:
-            raise ValueError(
-                f"router.top_k={config.top_k} is more than num_experts={num_experts}; lower it or add experts"
-            )
+        check_top_k(config.top_k, num_experts)
         self.weight = nn.Parameter(torch.empty(num_experts, dim))
         self.reset_parameters(0.02)
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moe.routers.assemble import routing_of_choices
-from moe.routers.base import Router, RouterConfig
+from moe.routers.base import Router, RouterConfig, check_top_k
 from moe.types import NO_INFO, AuxLoss, Routing, TokenInfo
 
 
@@ -76,10 +76,7 @@ class TopKRouter(Router):
 
     def __init__(self, dim: int, num_experts: int, config: TopKConfig) -> None:
         super().__init__(dim, num_experts, config)
-        if config.top_k > num_experts:
-            raise ValueError(
-                f"router.top_k={config.top_k} is more than num_experts={num_experts}; lower it or add experts"
-            )
+        check_top_k(config.top_k, num_experts)
         if num_experts % config.num_groups:
             raise ValueError(f"num_experts={num_experts} is not divisible by router.num_groups={config.num_groups}")
         reachable = num_experts // config.num_groups * config.top_k_groups

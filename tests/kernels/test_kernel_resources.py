@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = """
 import json
-from benchmarks.kernel_resources import SHARED_BYTES, VARIANTS, examine
+from benchmarks.kernel_resources import VARIANTS, examine
 print(json.dumps([examine(name, "many") for name in VARIANTS]))
 """
 
