@@ -191,6 +191,13 @@ def test_global_scope_uses_the_counts_of_all_ranks() -> None:
     assert_same_gradients({name: (ranks[0][name] + ranks[1][name]) / 2 for name in whole}, whole)
 
 
+def test_a_router_without_balance_loss_asks_nobody() -> None:
+    layer = make_layer(D, router={"name": "round_robin"}, balance=BALANCES["global_batch"])
+    layer.reduce_counts = lambda counts_E: pytest.fail("communicated")
+    layer(torch.randn(9, D, requires_grad=True)).sum().backward()
+    assert layer.stats.num_micro_batches == 1
+
+
 @pytest.mark.parametrize("scope", ["micro_batch", "sequence"])
 def test_local_scopes_do_not_ask_other_ranks(scope: str) -> None:
     layer = make_layer(D, balance=BALANCES[scope])
