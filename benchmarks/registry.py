@@ -19,5 +19,11 @@ BENCHMARKS: dict[str, Callable[[], Benchmark]] = {
     "routers": partial(_load, "routers"),
     "router-overhead": partial(_load, "router_overhead"),
     "kernel-resources": partial(_load, "kernel_resources"),
+    "checkpoint": partial(_load, "checkpoint"),
+    "tune-kernels": partial(_load, "kernel_tuning"),
     "gpu-layer": partial(_load, "gpu_layer.benchmark"),
+    "autoep": partial(_load, "autoep"),
+    "faults": partial(_load, "faults"),
+    "exchange": partial(_load, "exchange"),
+    "scaling": partial(_load, "scaling"),
 }

@@ -89,7 +89,7 @@ class _PassThrough(torch.autograd.Function):
         return dy_TD, ctx.dweights_N, None
 
 
-def without_experts(x_TD: Tensor, routing: Routing, experts: ExpertBank) -> Tensor:
+def without_experts(x_TD: Tensor, routing: Routing, experts: ExpertBank, meanwhile: object = None) -> Tensor:
     """In the place of a layer's exchange: what the experts need of the routing, and no expert."""
     grouped.sort_by_expert(routing)
     return _PassThrough.apply(x_TD, routing.weights_N, upstream(routing.weights_N))
@@ -100,7 +100,7 @@ def upstream(weights_N: Tensor) -> Tensor:
     return torch.arange(weights_N.numel()).float().cos()
 
 
-def with_reference(x_TD: Tensor, routing: Routing, experts: ExpertBank) -> Tensor:
+def with_reference(x_TD: Tensor, routing: Routing, experts: ExpertBank, meanwhile: object = None) -> Tensor:
     """In the place of a layer's exchange: the experts by the reference loop."""
     return reference.expert_ffn(x_TD, routing, experts.gate_up_proj, experts.down_proj, experts.activation)
 

@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moe.kernels.expert_threads import for_each_expert
-from moe.types import Routing
+from moe.kernels.reference import with_main_grads
+from moe.types import DEFAULT_FFN, FFNOptions, Routing
 
 
 class _Scratch(threading.local):
@@ -135,25 +136,34 @@ def _activate_backward(
 class _GroupedFFN(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x_TD: Tensor, weights_N: Tensor, w_up_EHD: Tensor, w_down_EDF: Tensor, order: ExpertOrder, act: str
+        ctx: Any,
+        x_TD: Tensor,
+        weights_N: Tensor,
+        w_up_EHD: Tensor,
+        w_down_EDF: Tensor,
+        order: ExpertOrder,
+        act: str,
+        recompute: bool,
     ) -> Tensor:
         num_rows, dim, width = order.order_N.numel(), x_TD.shape[1], w_down_EDF.shape[2]
-        h_NH = x_TD.new_empty(num_rows, w_up_EHD.shape[1])
+        height = w_up_EHD.shape[1]
+        h_NH = x_TD.new_empty(0 if recompute else num_rows, height)
         y_ND = _scratch.take("rows", x_TD, num_rows, dim)
 
         def run_expert(expert: int, start: int, stop: int) -> None:
             rows = stop - start
             x_rD, a_rF = _scratch.take("x", x_TD, rows, dim), _scratch.take("a", x_TD, rows, width)
+            h_rH = _scratch.take("h", x_TD, rows, height) if recompute else h_NH[start:stop]
             torch.index_select(x_TD, 0, order.token_ids_N[start:stop], out=x_rD)
-            torch.mm(x_rD, w_up_EHD[expert].T, out=h_NH[start:stop])
-            _activate_into(a_rF, h_NH[start:stop], act)
+            torch.mm(x_rD, w_up_EHD[expert].T, out=h_rH)
+            _activate_into(a_rF, h_rH, act)
             torch.mm(a_rF, w_down_EDF[expert].T, out=y_ND[start:stop])
 
         for_each_expert(order.blocks, x_TD.device, run_expert)
         # Bags list assignments token by token, so their weights need the same order as `bags_N`.
         sorted_weights_N = weights_N.detach()[order.order_N]
         ctx.save_for_backward(x_TD, h_NH, sorted_weights_N, w_up_EHD, w_down_EDF)
-        ctx.order, ctx.act = order, act
+        ctx.order, ctx.act, ctx.recompute = order, act, recompute
         return _sum_by_token(y_ND, order, sorted_weights_N[order.bags_N])
 
     @staticmethod
@@ -162,7 +172,8 @@ class _GroupedFFN(torch.autograd.Function):
         x_TD, h_NH, weights_N, w_up_EHD, w_down_EDF = ctx.saved_tensors
         order: ExpertOrder = ctx.order
         needs_x, _, needs_up, needs_down = ctx.needs_input_grad[:4]
-        (num_rows, height), dim, width = h_NH.shape, x_TD.shape[1], w_down_EDF.shape[2]
+        num_rows, height = order.order_N.numel(), h_NH.shape[1]
+        dim, width = x_TD.shape[1], w_down_EDF.shape[2]
         dy_TD = dy_TD.contiguous()
         dx_ND = _scratch.take("rows", x_TD, num_rows, dim)
         dweights_N = torch.empty(num_rows, device=x_TD.device, dtype=torch.float32)
@@ -177,13 +188,18 @@ class _GroupedFFN(torch.autograd.Function):
             dh_rH = _scratch.take("dh", x_TD, rows, height)
             torch.index_select(dy_TD, 0, token_ids_r, out=dy_rD)
             torch.mm(dy_rD, w_down_EDF[expert], out=da_rF)
+            if needs_up or ctx.recompute:
+                torch.index_select(x_TD, 0, token_ids_r, out=x_rD)
+            if ctx.recompute:
+                h_rH = torch.mm(x_rD, w_up_EHD[expert].T, out=_scratch.take("h", x_TD, rows, height))
+            else:
+                h_rH = h_NH[start:stop]
             dweights_N[start:stop] = _activate_backward(
-                dh_rH, a_rF, da_rF, h_NH[start:stop], compute_weights_N1[start:stop], tmp_rF, ctx.act
+                dh_rH, a_rF, da_rF, h_rH, compute_weights_N1[start:stop], tmp_rF, ctx.act
             )
             if dw_down_EDF is not None:
                 torch.mm(dy_rD.T, a_rF, out=dw_down_EDF[expert])
             if dw_up_EHD is not None:
-                torch.index_select(x_TD, 0, token_ids_r, out=x_rD)
                 torch.mm(dh_rH.T, x_rD, out=dw_up_EHD[expert])
             if needs_x:
                 torch.mm(dh_rH, w_up_EHD[expert], out=dx_ND[start:stop])
@@ -198,6 +214,7 @@ class _GroupedFFN(torch.autograd.Function):
             dw_down_EDF,
             None,
             None,
+            None,
         )
 
 
@@ -210,8 +227,17 @@ def _zero_idle_experts(order: ExpertOrder, *gradients: Tensor | None) -> None:
                 gradient[expert].zero_()
 
 
-def expert_ffn(x_TD: Tensor, routing: Routing, w_up_EHD: Tensor, w_down_EDF: Tensor, activation: str) -> Tensor:
-    """See `ops.expert_ffn`."""
+def expert_ffn(
+    x_TD: Tensor,
+    routing: Routing,
+    w_up_EHD: Tensor,
+    w_down_EDF: Tensor,
+    activation: str,
+    options: FFNOptions = DEFAULT_FFN,
+) -> Tensor:
+    """See `ops.expert_ffn`; gradients that are added to a buffer are first rounded to the dtype of x."""
     order = sort_by_expert(routing)
+    weights = with_main_grads(w_up_EHD, w_down_EDF, options)
     # Under autocast the caller decided on a compute dtype; matmul(out=) does not cast by itself.
-    return _GroupedFFN.apply(x_TD, routing.weights_N.float(), w_up_EHD, w_down_EDF, order, activation)
+    weights_N = routing.weights_N.float()
+    return _GroupedFFN.apply(x_TD, weights_N, weights.up_EHD, weights.down_EDF, order, activation, options.recompute)

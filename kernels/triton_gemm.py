@@ -58,7 +58,9 @@ def _halves(tile):
 
 
 @triton.jit
-def _up_half(gate, up, h_ptr, a_ptr, row, inside, col, F, GATED: tl.constexpr, SAVE_H: tl.constexpr):
+def _up_half(
+    gate, up, h_ptr, a_ptr, row, inside, col, F, GATED: tl.constexpr, SAVE_H: tl.constexpr, SAVE_A: tl.constexpr
+):  # fmt: skip
     """Epilogue of `up_kernel` on some columns."""
     out = inside[:, None] & (col < F)[None, :]
     height = 2 * F if GATED else F
@@ -71,18 +73,19 @@ def _up_half(gate, up, h_ptr, a_ptr, row, inside, col, F, GATED: tl.constexpr, S
         a = _silu(gate) * up
     else:
         a = _gelu(gate)
-    a_at = a_ptr + row[:, None].to(tl.int64) * F + col[None, :]
-    tl.store(a_at, a.to(a_ptr.dtype.element_ty), mask=out)
+    if SAVE_A:
+        a_at = a_ptr + row[:, None].to(tl.int64) * F + col[None, :]
+        tl.store(a_at, a.to(a_ptr.dtype.element_ty), mask=out)
 
 
 @triton.jit
 def up_kernel(
     x_ptr, w_ptr, w_desc, h_ptr, a_ptr, tokens_ptr, offsets_ptr, experts_ptr, starts_ptr, total_ptr,
     D, F, stride_x,
-    GATED: tl.constexpr, SAVE_H: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
+    GATED: tl.constexpr, SAVE_H: tl.constexpr, SAVE_A: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    """h (N, H) and a (N, F) of sorted rows. ``w`` is (E, H, D): the gate's F rows, then the up-projection's."""
+    """h (N, H) and a (N, F) of sorted rows, or one of the two. ``w`` is (E, H, D): the gate's F rows, then the up-projection's."""
     num_m = tl.load(total_ptr)
     num_n = tl.cdiv(F, BLOCK_N)
     height = 2 * F if GATED else F
@@ -116,8 +119,9 @@ def up_kernel(
         gate_0, gate_1 = _halves(gate)
         up_0, up_1 = _halves(up)
         half = n * BLOCK_N + tl.arange(0, BLOCK_N // 2)
-        _up_half(gate_0, up_0, h_ptr, a_ptr, row, row < stop, half, F, GATED, SAVE_H)
-        _up_half(gate_1, up_1, h_ptr, a_ptr, row, row < stop, half + BLOCK_N // 2, F, GATED, SAVE_H)
+        _up_half(gate_0, up_0, h_ptr, a_ptr, row, row < stop, half, F, GATED, SAVE_H, SAVE_A)
+        half += BLOCK_N // 2
+        _up_half(gate_1, up_1, h_ptr, a_ptr, row, row < stop, half, F, GATED, SAVE_H, SAVE_A)
 
 
 @triton.jit
@@ -232,10 +236,10 @@ def activation_kernel(
 def weight_kernel(
     left_ptr, right_ptr, out_ptr, tokens_ptr, offsets_ptr,
     E, P, Q, stride_left, stride_right,
-    GATHER_LEFT: tl.constexpr, GATHER_RIGHT: tl.constexpr, PRECISION: tl.constexpr,
+    GATHER_LEFT: tl.constexpr, GATHER_RIGHT: tl.constexpr, ACCUMULATE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    """out (E, P, Q) = left^T right over each expert's rows; an expert without rows gets zeros.
+    """out (E, P, Q) = left^T right over each expert's rows, or plus that; an expert without rows gets zeros.
 
     One of the sides may be rows of tokens, gathered while loading.
     """
@@ -261,7 +265,10 @@ def weight_kernel(
             right = tl.load(right_at, mask=inside[:, None], other=0.0)
             acc = _dot(left, right, acc, PRECISION)
         out_at = out_ptr + expert.to(tl.int64) * P * Q + p[:, None].to(tl.int64) * Q + q[None, :]
-        tl.store(out_at, acc.to(out_ptr.dtype.element_ty), mask=(p < P)[:, None] & (q < Q)[None, :])
+        out = (p < P)[:, None] & (q < Q)[None, :]
+        if ACCUMULATE:
+            acc += tl.load(out_at, mask=out, other=0.0).to(tl.float32)
+        tl.store(out_at, acc.to(out_ptr.dtype.element_ty), mask=out)
 
 
 @triton.jit

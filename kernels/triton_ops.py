@@ -1,12 +1,13 @@
 """The expert FFN in Triton as `torch.library` custom ops, so that autograd and ``torch.compile`` see one op each way.
 
-Saved for backward: x, the pre-activation, the indices and the weights' matrices. The gradient of a combine weight is <dA, A>, so
-the experts' output (N, D) is neither kept nor recomputed.
+Saved for backward: x, the pre-activation (unless it is to be made again), the indices and the weights' matrices. The gradient of
+a combine weight is <dA, A>, so the experts' output (N, D) is neither kept nor recomputed.
 
 Legend: T tokens, D model, F expert FFN, H = 2F (SwiGLU) or F (GELU), E experts, N assignments.
 """
 
 import contextlib
+from collections.abc import Callable
 
 import torch
 import triton
@@ -16,7 +17,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from moe.kernels import triton_gemm as gemm
 from moe.kernels.triton_plan import Plan, Tiles, make_plan, make_tiles
 from moe.kernels.triton_tuning import Blocks, blocks_for
-from moe.types import Routing
+from moe.types import DEFAULT_FFN, FFNOptions, Routing
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -70,18 +71,18 @@ class _Launcher:
         tiles = self._tiled(blocks)
         return _grid(tiles.experts_M.numel() * triton.cdiv(columns, blocks.n), blocks, self.x_TD), tiles
 
-    def up(self, w_up_EHD: Tensor, save_h: bool) -> tuple[Tensor, Tensor]:
-        """Pre-activation (N, H), or an empty tensor, and activation (N, F)."""
+    def up(self, w_up_EHD: Tensor, save_h: bool, save_a: bool = True) -> tuple[Tensor, Tensor]:
+        """Pre-activation (N, H) and activation (N, F); one that is not wanted is empty."""
         blocks, x_TD = self.blocks("up"), self.x_TD
         grid, tiles = self._walk(blocks, self.width)
         h_NH = x_TD.new_empty(self.num_rows if save_h else 0, self.height)
-        a_NF = x_TD.new_empty(self.num_rows, self.width)
+        a_NF = x_TD.new_empty(self.num_rows if save_a else 0, self.width)
         descriptor = _descriptor(w_up_EHD, [blocks.n, blocks.k], blocks)
         gemm.up_kernel[grid](
             x_TD, w_up_EHD, descriptor or w_up_EHD, h_NH, a_NF, self.plan.token_ids_N, self.plan.offsets_E1,
             tiles.experts_M, tiles.starts_M, tiles.total_1, self.dim, self.width, x_TD.stride(0),
-            GATED=self.gated, SAVE_H=save_h, PRECISION=_precision(x_TD.dtype), TMA=descriptor is not None,
-            **blocks.meta(),
+            GATED=self.gated, SAVE_H=save_h, SAVE_A=save_a, PRECISION=_precision(x_TD.dtype),
+            TMA=descriptor is not None, **blocks.meta(),
         )  # fmt: skip
         return h_NH, a_NF
 
@@ -121,17 +122,23 @@ class _Launcher:
         )  # fmt: skip
         return [dh_NH, a_NF, dweights.sum(0)]
 
-    def weight(self, left: Tensor, right: Tensor, gather_left: bool, gather_right: bool) -> Tensor:
-        """left^T right over each expert's rows: (E, P, Q); a gathered side is (T, ...), the other (N, ...)."""
+    def weight(
+        self, left: Tensor, right: Tensor, gather_left: bool, gather_right: bool, main_grad: Tensor | None
+    ) -> Tensor:
+        """left^T right over each expert's rows: (E, P, Q); a gathered side is (T, ...), the other (N, ...).
+
+        With a ``main_grad`` it is added to that, and the result is empty.
+        """
         blocks, rows, columns = self.blocks("weight"), left.shape[1], right.shape[1]
-        out_EPQ = left.new_empty(self.num_experts, rows, columns)
+        out_EPQ = left.new_empty(self.num_experts, rows, columns) if main_grad is None else main_grad
         units = self.num_experts * triton.cdiv(rows, blocks.m) * triton.cdiv(columns, blocks.n)
         gemm.weight_kernel[_grid(units, blocks, left)](
             left, right, out_EPQ, self.plan.token_ids_N, self.plan.offsets_E1,
             self.num_experts, rows, columns, left.stride(0), right.stride(0),
-            GATHER_LEFT=gather_left, GATHER_RIGHT=gather_right, PRECISION=_precision(left.dtype), **blocks.meta(),
+            GATHER_LEFT=gather_left, GATHER_RIGHT=gather_right, ACCUMULATE=main_grad is not None,
+            PRECISION=_precision(left.dtype), **blocks.meta(),
         )  # fmt: skip
-        return out_EPQ
+        return out_EPQ if main_grad is None else left.new_empty(0)
 
 
 def _combine(
@@ -160,11 +167,12 @@ def _bags(token_ids_N: Tensor, position_N: Tensor, num_tokens: int) -> tuple[Ten
 @torch.library.custom_op("moe::expert_ffn", mutates_args=())
 def _forward(
     x_TD: Tensor, weights_N: Tensor, w_up_EHD: Tensor, w_down_EDF: Tensor, expert_ids_N: Tensor, token_ids_N: Tensor,
-    top_k: int, activation: str, save: bool,
+    top_k: int, activation: str, save: bool, main_grads: list[Tensor],
 ) -> list[Tensor]:  # fmt: skip
     """y (T, D), then what backward needs: h, order, position, tokens, offsets, bags, bag offsets, sorted weights.
 
-    ``top_k`` is 0 where it varies from token to token; bags are empty where it does not.
+    ``top_k`` is 0 where it varies from token to token; bags are empty where it does not. Without ``save``, h is empty, and
+    backward makes it. ``main_grads`` is for backward too: none, or both.
     """
     num_tokens = x_TD.shape[0]
     with _device(x_TD):
@@ -185,7 +193,7 @@ def _forward(
 @_forward.register_fake
 def _(
     x_TD: Tensor, weights_N: Tensor, w_up_EHD: Tensor, w_down_EDF: Tensor, expert_ids_N: Tensor, token_ids_N: Tensor,
-    top_k: int, activation: str, save: bool,
+    top_k: int, activation: str, save: bool, main_grads: list[Tensor],
 ) -> list[Tensor]:  # fmt: skip
     num_rows, (num_experts, height) = expert_ids_N.shape[0], w_up_EHD.shape[:2]
 
@@ -198,26 +206,44 @@ def _(
     return [torch.empty_like(x_TD), h_NH, *indices, *bags, torch.empty_like(weights_N)]
 
 
-@torch.library.custom_op("moe::expert_ffn_backward", mutates_args=())
-def _backward(
+def _gradients(
     dy_TD: Tensor, x_TD: Tensor, w_up_EHD: Tensor, w_down_EDF: Tensor, saved: list[Tensor], top_k: int, activation: str,
-    needs: list[bool],
+    needs: list[bool], main_grads: list[Tensor],
 ) -> list[Tensor]:  # fmt: skip
-    """dx, d(weights), dw_up, dw_down; empty where ``needs`` (x, w_up, w_down) says no."""
+    """dx, d(weights), dw_up, dw_down; empty where ``needs`` (x, w_up, w_down) says no or ``main_grads`` took them."""
     h_NH, order_N, position_N, tokens_N, offsets_E1, bags_N, bag_offsets, weights_N = saved
     plan = Plan(order_N=order_N, position_N=position_N, token_ids_N=tokens_N, offsets_E1=offsets_E1)
     dx_TD, dw_up_EHD, dw_down_EDF = x_TD.new_empty(0), x_TD.new_empty(0), x_TD.new_empty(0)
+    main_up, main_down = main_grads or (None, None)
     with _device(x_TD):
         launcher = _Launcher(x_TD, plan, w_down_EDF, activation)
+        if not h_NH.numel():
+            h_NH, _ = launcher.up(w_up_EHD, True, False)
         dh_NH, a_NF, dweights_N = launcher.activation(dy_TD, w_down_EDF, h_NH, weights_N)
         if needs[0]:
             dx_ND = launcher.rows(dh_NH, w_up_EHD)
             dx_TD = _combine(dx_ND, None, position_N if top_k else bags_N, bag_offsets, x_TD.shape[0], top_k)
         if needs[1]:
-            dw_up_EHD = launcher.weight(dh_NH, x_TD, False, True)
+            dw_up_EHD = launcher.weight(dh_NH, x_TD, False, True, main_up)
         if needs[2]:
-            dw_down_EDF = launcher.weight(dy_TD, a_NF, True, False)
+            dw_down_EDF = launcher.weight(dy_TD, a_NF, True, False, main_down)
     return [dx_TD, dweights_N[position_N], dw_up_EHD, dw_down_EDF]
+
+
+def _like_gradients(leaves: list[Tensor], weights_N: Tensor, needs: list[bool]) -> list[Tensor]:
+    """What `_gradients` returns for (x, w_up, w_down), without its contents."""
+    dx, dw_up, dw_down = (
+        torch.empty_like(leaf) if need else leaf.new_empty(0) for leaf, need in zip(leaves, needs, strict=True)
+    )
+    return [dx, torch.empty_like(weights_N), dw_up, dw_down]
+
+
+@torch.library.custom_op("moe::expert_ffn_backward", mutates_args=())
+def _backward(
+    dy_TD: Tensor, x_TD: Tensor, w_up_EHD: Tensor, w_down_EDF: Tensor, saved: list[Tensor], top_k: int, activation: str,
+    needs: list[bool],
+) -> list[Tensor]:  # fmt: skip
+    return _gradients(dy_TD, x_TD, w_up_EHD, w_down_EDF, saved, top_k, activation, needs, [])
 
 
 @_backward.register_fake
@@ -225,27 +251,43 @@ def _(
     dy_TD: Tensor, x_TD: Tensor, w_up_EHD: Tensor, w_down_EDF: Tensor, saved: list[Tensor], top_k: int, activation: str,
     needs: list[bool],
 ) -> list[Tensor]:  # fmt: skip
-    leaves = (x_TD, w_up_EHD, w_down_EDF)
-    dx, dw_up, dw_down = (
-        torch.empty_like(leaf) if need else leaf.new_empty(0) for leaf, need in zip(leaves, needs, strict=True)
-    )
-    return [dx, torch.empty_like(saved[-1]), dw_up, dw_down]
+    return _like_gradients([x_TD, w_up_EHD, w_down_EDF], saved[-1], needs)
+
+
+# An op of its own: torch.compile takes no op that both returns tensors and changes a list of them.
+@torch.library.custom_op("moe::expert_ffn_backward_into", mutates_args=("main_grads",))
+def _backward_into(
+    dy_TD: Tensor, x_TD: Tensor, w_up_EHD: Tensor, w_down_EDF: Tensor, saved: list[Tensor], top_k: int, activation: str,
+    needs: list[bool], main_grads: list[Tensor],
+) -> list[Tensor]:  # fmt: skip
+    return _gradients(dy_TD, x_TD, w_up_EHD, w_down_EDF, saved, top_k, activation, needs, main_grads)
+
+
+@_backward_into.register_fake
+def _(
+    dy_TD: Tensor, x_TD: Tensor, w_up_EHD: Tensor, w_down_EDF: Tensor, saved: list[Tensor], top_k: int, activation: str,
+    needs: list[bool], main_grads: list[Tensor],
+) -> list[Tensor]:  # fmt: skip
+    return _like_gradients([x_TD, w_up_EHD, w_down_EDF], saved[-1], [needs[0], False, False])
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    x_TD, _, w_up_EHD, w_down_EDF, _, _, ctx.top_k, ctx.activation, _ = inputs
+    x_TD, _, w_up_EHD, w_down_EDF, _, _, ctx.top_k, ctx.activation, _, ctx.main_grads = inputs
     ctx.save_for_backward(x_TD, w_up_EHD, w_down_EDF, *output[1:])
 
 
 def _autograd(ctx, gradients):  # type: ignore[no-untyped-def]
     x_TD, w_up_EHD, w_down_EDF, *saved = ctx.saved_tensors
     needs_x, needs_weights, needs_up, needs_down = ctx.needs_input_grad[:4]
-    dx, dweights, dw_up, dw_down = _backward(
-        gradients[0].contiguous(), x_TD, w_up_EHD, w_down_EDF, saved, ctx.top_k, ctx.activation,
-        [needs_x, needs_up, needs_down],
-    )  # fmt: skip
-    found = (dx if needs_x else None, dweights if needs_weights else None)
-    return *found, dw_up if needs_up else None, dw_down if needs_down else None, None, None, None, None, None
+    tensors, needs = (gradients[0].contiguous(), x_TD, w_up_EHD, w_down_EDF, saved), [needs_x, needs_up, needs_down]
+    if ctx.main_grads:
+        dx, dweights, dw_up, dw_down = _backward_into(*tensors, ctx.top_k, ctx.activation, needs, ctx.main_grads)
+    else:
+        dx, dweights, dw_up, dw_down = _backward(*tensors, ctx.top_k, ctx.activation, needs)
+    keeps = not ctx.main_grads
+    given = (needs_x, needs_weights, needs_up and keeps, needs_down and keeps)
+    found = [tensor if give else None for tensor, give in zip((dx, dweights, dw_up, dw_down), given, strict=True)]
+    return *found, None, None, None, None, None, [None] * len(ctx.main_grads)
 
 
 torch.library.register_autograd("moe::expert_ffn", _autograd, setup_context=_setup_context)
@@ -265,10 +307,31 @@ def problem(device_type: str, dtype: torch.dtype) -> str | None:
     return None if capability >= (8, 0) else f"compute capability {capability} is below 8.0"
 
 
-def expert_ffn(x_TD: Tensor, routing: Routing, w_up_EHD: Tensor, w_down_EDF: Tensor, activation: str) -> Tensor:
-    """See `ops.expert_ffn`."""
+def call(
+    op: Callable[..., list[Tensor]],
+    x_TD: Tensor,
+    routing: Routing,
+    w_up_EHD: Tensor,
+    w_down_EDF: Tensor,
+    activation: str,
+    options: FFNOptions,
+) -> Tensor:
+    """The output of one of the ops that take the arguments of "moe::expert_ffn"."""
     weights_N = routing.weights_N.float().contiguous()
     leaves = (x_TD.contiguous(), weights_N, w_up_EHD.contiguous(), w_down_EDF.contiguous())
-    save = torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves)
-    outputs = _forward(*leaves, routing.expert_ids_N, routing.token_ids_N, routing.top_k or 0, activation, save)
-    return outputs[0]
+    save = torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves) and not options.recompute
+    main_grads = list(options.main_grads or ())
+    choices = (routing.expert_ids_N, routing.token_ids_N, routing.top_k or 0)
+    return op(*leaves, *choices, activation, save, main_grads)[0]
+
+
+def expert_ffn(
+    x_TD: Tensor,
+    routing: Routing,
+    w_up_EHD: Tensor,
+    w_down_EDF: Tensor,
+    activation: str,
+    options: FFNOptions = DEFAULT_FFN,
+) -> Tensor:
+    """See `ops.expert_ffn`."""
+    return call(_forward, x_TD, routing, w_up_EHD, w_down_EDF, activation, options)

@@ -1,12 +1,19 @@
 """Block sizes of the Triton kernels: one table, chosen by what the shapes are like and never by the exact token count.
 
-Keys are the kernel, how many rows an expert has on average ("many" from 96, "some" from 32, else "few"), and the width of the
-dtype. So a step with other tokens runs the kernels that are compiled already.
+A card that blocks were tuned on has a file in ``tuned/``, written by ``benchmarks/run.py tune-kernels`` with the time of each
+choice; other cards take the sizes below. Keys are the kernel, how many rows an expert has on average (`ROWS`), and the width
+of the dtype. So a step with other tokens runs the kernels that are compiled already.
 """
 
+import functools
+import json
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+
+TUNED_DIR = Path(__file__).parent / "tuned"
+ROWS = {"many": 96, "some": 32, "few": 0}  # least rows per expert
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +49,7 @@ class Blocks:
         }
 
 
-# Not yet measured on a GPU: sizes that fit Hopper's registers and shared memory without spills (checked by compiling for it).
+# Not measured: sizes that fit Hopper's registers and shared memory without spills (checked by compiling for it).
 _HALF = {
     ("up", "many"): Blocks(m=128, n=128, k=64, stages=3),
     ("up", "some"): Blocks(m=64, n=128, k=64, warps=8, stages=3),
@@ -67,5 +74,26 @@ _FULL = {
 def blocks_for(kernel: str, num_rows: int, num_experts: int, dtype: torch.dtype) -> Blocks:
     """Block sizes of ``kernel`` ("up", "rows", "activation", "weight") for ``num_rows`` rows over ``num_experts`` experts."""
     mean = num_rows / max(num_experts, 1)
-    rows = "many" if mean >= 96 else "some" if mean >= 32 else "few"
-    return (_HALF if dtype.itemsize <= 2 else _FULL)[kernel, rows]
+    rows = next(name for name, least in ROWS.items() if mean >= least)
+    if dtype.itemsize > 2:
+        return _FULL[kernel, rows]
+    return _tuned(_device_name()).get((kernel, rows)) or _HALF[kernel, rows]
+
+
+def tuned_file(device_name: str) -> Path:
+    """Where the blocks tuned on a card of that name are."""
+    return TUNED_DIR / f"{device_name.replace(' ', '_').replace('/', '_')}.json"
+
+
+@functools.cache
+def _device_name() -> str | None:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
+
+
+@functools.cache
+def _tuned(device_name: str | None) -> dict[tuple[str, str], Blocks]:
+    """For 16-bit dtypes on that card; empty where nothing was tuned."""
+    if device_name is None or not (path := tuned_file(device_name)).is_file():
+        return {}
+    entries = json.loads(path.read_text(encoding="utf-8"))["blocks"]
+    return {(entry["kernel"], entry["rows"]): Blocks(**entry["sizes"]) for entry in entries}

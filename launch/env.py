@@ -56,6 +56,12 @@ def free_port() -> int:
 
 
 LAUNCHER_VARIABLE = "MOE_LAUNCHER_PID"
+RESTARTS_VARIABLE = "MOE_RESTARTS"  # torchrun has its own: TORCHELASTIC_RESTART_COUNT
+
+
+def was_restarted() -> bool:
+    """Whether the launcher started this process again after a failure."""
+    return any(int(os.environ.get(name) or 0) > 0 for name in (RESTARTS_VARIABLE, "TORCHELASTIC_RESTART_COUNT"))
 
 
 def end_with_launcher() -> None:

@@ -12,7 +12,7 @@ import torch
 
 from moe.layer import MoELayer, MoESpec
 from moe.parallel.collectives import all_reduce_sum
-from moe.parallel.expert_parallel import ExpertParallelExchange
+from moe.parallel.exchange.expert_parallel import ExpertParallelExchange
 from moe.parallel.ranks import init_ranks, leave
 from moe.routers.balance import BalanceConfig
 

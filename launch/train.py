@@ -1,7 +1,7 @@
 """Entry point of one training process: ``torchrun -m moe.launch.train CONFIG [--resume] [key=value ...]``.
 
 RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT come from whoever starts it: torchrun, the deepspeed launcher,
-srun, or `moe train`. Without them it is a run of one process.
+srun, or `moe train`. Without them it is a run of one process. One that its launcher starts again after a failure resumes.
 """
 
 import argparse
@@ -9,7 +9,7 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
-from moe.launch.env import choose_device, end_with_launcher, free_port
+from moe.launch.env import choose_device, end_with_launcher, free_port, was_restarted
 from moe.train.config import RunConfig, load_config
 from moe.train.run_folder import check_run_dir
 
@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     try:
         config = load_config(options.config, options.overrides)
-        return train(config, options.resume)
+        return train(config, options.resume or was_restarted())
     except ValueError as problem:
         if os.environ["RANK"] == "0":
             print(f"error: {problem}", file=sys.stderr)

@@ -8,13 +8,14 @@ Legend: T tokens, D model, F expert FFN, E experts, S slots.
 import dataclasses
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from moe.errors import nearest
-from moe.experts import ExpertBank, SharedExperts
+from moe.experts import ExpertBank, Later, SharedExperts
 from moe.observe import LayerStats, RoutingContext, attach_loss, new_listener, optimizer_steps
 from moe.routers import StepLoad, losses, parse_router
 from moe.routers.assemble import routing_of_choices
@@ -128,10 +129,15 @@ def _check_keys(path: str, values: dict[str, Any], owner: type) -> None:
 
 
 class Exchange(Protocol):
-    """Runs the experts of a layer whose experts are spread over ranks; `moe.parallel.expert_parallel` implements it."""
+    """Runs the experts of a layer whose experts are spread over ranks; `moe.parallel.exchange` implements it."""
 
-    def __call__(self, x_TD: Tensor, routing: Routing, experts: ExpertBank) -> Tensor:
-        """Weighted sum of each token's experts wherever they live: (T, D) -> (T, D)."""
+    def __call__(
+        self, x_TD: Tensor, routing: Routing, experts: ExpertBank, meanwhile: Callable[[], Tensor] | None = None
+    ) -> Tensor:
+        """Weighted sum of each token's experts wherever they live: (T, D) -> (T, D).
+
+        ``meanwhile`` may be called while tokens travel: the layer needs its result anyway, and it keeps it.
+        """
 
 
 class MoELayer(nn.Module):
@@ -190,7 +196,10 @@ class MoELayer(nn.Module):
             # Before routing: a checkpointed forward that runs again must find the same selection bias.
             notice_optimizer_step([self])
         info = TokenInfo(
-            num_sequences=num_sequences, keep_T=self.context.token_mask_T, input_ids_T=self.context.input_ids_T
+            num_sequences=num_sequences,
+            keep_T=self.context.token_mask_T,
+            input_ids_T=self.context.input_ids_T,
+            wants_probs=self._has_sequence_loss,
         )
         checked = checks_enabled()
         if checked:
@@ -199,25 +208,26 @@ class MoELayer(nn.Module):
         if checked:
             check_routing(routing, x_TD.shape[0], type(self.router).__name__)
         num_dropped: Tensor | int = 0
+        shared = None if self.shared_experts is None else Later(partial(self.shared_experts, x_TD))
         if isinstance(routing, SoftRouting):
-            y_TD = self._forward_soft(x_TD, routing)
+            y_TD = self._forward_soft(x_TD, routing, shared)
         else:
             kept = self._apply_capacity(routing)
-            y_TD, num_dropped = self._run_experts(x_TD, kept), kept.num_dropped
+            y_TD, num_dropped = self._run_experts(x_TD, kept, shared), kept.num_dropped
             if routing.output_scale_D is not None:
                 y_TD = y_TD * routing.output_scale_D.to(y_TD.dtype)
-        if self.shared_experts is not None:
-            y_TD = y_TD + self.shared_experts(x_TD)
+        if shared is not None:
+            y_TD = y_TD + shared()
         if self.training and torch.is_grad_enabled():
             y_TD = self._attach_losses(y_TD, routing, num_sequences, num_dropped)
         return y_TD.view(x.shape)
 
-    def _run_experts(self, x_TD: Tensor, routing: Routing) -> Tensor:
+    def _run_experts(self, x_TD: Tensor, routing: Routing, shared: Later | None) -> Tensor:
         if self.exchange is not None:
-            return self.exchange(x_TD, routing, self.experts)
+            return self.exchange(x_TD, routing, self.experts, shared)
         return self.experts(x_TD, routing)
 
-    def _forward_soft(self, x_TD: Tensor, routing: SoftRouting) -> Tensor:
+    def _forward_soft(self, x_TD: Tensor, routing: SoftRouting, shared: Later | None) -> Tensor:
         """Slots are tokens with one expert each and weight 1, so they take the same road as sparse routings."""
         num_groups, num_members, num_slots = routing.dispatch_GMS.shape
         ids_GM = routing.token_ids_GM
@@ -228,7 +238,7 @@ class MoELayer(nn.Module):
         slot_routing = routing_of_choices(
             expert_ids_N[:, None], torch.ones(len(expert_ids_N), 1, device=x_TD.device), self.num_experts
         )
-        out_GSD = self._run_experts(slots_GSD.reshape(-1, self.dim), slot_routing).view_as(slots_GSD)
+        out_GSD = self._run_experts(slots_GSD.reshape(-1, self.dim), slot_routing, shared).view_as(slots_GSD)
         y_GMD = routing.combine_GMS.to(out_GSD.dtype) @ out_GSD
         if ids_GM is None:
             return y_GMD.view_as(x_TD)
@@ -256,7 +266,7 @@ class MoELayer(nn.Module):
         for loss in aux_losses.values():
             total = total + loss.coef * loss.value
         scalars = {f"loss/{name}": loss.value.detach() for name, loss in aux_losses.items()}
-        scalars |= self._observations(routing, keep_T)
+        scalars |= losses.observations(routing, keep_T)
         scalars["aux_loss"] = total.detach()
         scalars["dropped"] = torch.as_tensor(num_dropped, dtype=torch.float32, device=y_TD.device)
         scalars["assigned"] = counts_E.sum().float()
@@ -281,24 +291,27 @@ class MoELayer(nn.Module):
         self, routing: Routing | SoftRouting, counts_E: Tensor, num_sequences: int, keep_T: Tensor | None
     ) -> dict[str, AuxLoss]:
         balance, found = self.spec.balance, {}
-        takes_loss = isinstance(routing, Routing) and self.router.takes_balance_loss
-        if isinstance(routing, Routing) and takes_loss and balance.aux_coef and routing.probs_TE is not None:
-            if balance.aux_scope == "sequence":
-                value = losses.sequence_loss(
-                    routing.probs_TE, routing.expert_ids_N, routing.token_ids_N, num_sequences, keep_T
-                )
-            else:
-                value = losses.switch_loss(routing.probs_TE, counts_E, keep_T)
-            found["switch"] = AuxLoss(value=value, coef=balance.aux_coef)
-        if balance.z_coef and routing.logits_TE is not None:
-            found["z"] = AuxLoss(value=losses.z_loss(routing.logits_TE, keep_T), coef=balance.z_coef)
+        if isinstance(routing, Routing) and balance.aux_coef and self.router.takes_balance_loss:
+            parts = num_sequences if self._has_sequence_loss else None
+            if (value := losses.balance_loss(routing, counts_E, keep_T, parts)) is not None:
+                found["switch"] = AuxLoss(value=value, coef=balance.aux_coef)
+        if balance.z_coef and (z := losses.mean_z(routing, keep_T)) is not None:
+            found["z"] = AuxLoss(value=z, coef=balance.z_coef)
         return found
+
+    @property
+    def _has_sequence_loss(self) -> bool:
+        """Whether there is a balance loss that needs the probabilities of every token."""
+        balance = self.spec.balance
+        return balance.aux_coef > 0 and balance.aux_scope == "sequence" and self.router.takes_balance_loss
 
     def _counts(self, routing: Routing | SoftRouting, keep_T: Tensor | None) -> Tensor:
         if isinstance(routing, SoftRouting):  # every expert has the same number of slots
             num_groups, _, num_slots = routing.dispatch_GMS.shape
             slots_per_expert = num_groups * num_slots // self.num_experts
             return torch.full((self.num_experts,), slots_per_expert, device=routing.dispatch_GMS.device)
+        if routing.stats is not None:
+            return routing.stats.counts_E
         if keep_T is None:
             return routing.counts_E
         return losses.count_assignments(routing.expert_ids_N, self.num_experts, routing.token_ids_N, keep_T)
@@ -306,15 +319,6 @@ class MoELayer(nn.Module):
     def _reduced(self, counts_E: Tensor) -> Tensor:
         # A tensor of its own: torch.compile cannot pass one tensor twice to an autograd function.
         return counts_E.clone() if self.reduce_counts is None else self.reduce_counts(counts_E)
-
-    @torch.no_grad()
-    def _observations(self, routing: Routing | SoftRouting, keep_T: Tensor | None) -> dict[str, Tensor]:
-        found = {}
-        if routing.probs_TE is not None:
-            found["entropy"] = losses.entropy(routing.probs_TE, keep_T)
-        if routing.logits_TE is not None:
-            found["logit_norm"] = losses.masked_mean(routing.logits_TE.norm(dim=-1), keep_T)
-        return found
 
     def saw_optimizer_step(self) -> bool:
         """Whether an optimizer step was taken since this was last asked.

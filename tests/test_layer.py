@@ -72,7 +72,7 @@ def test_an_exchange_takes_the_place_of_the_local_experts() -> None:
     layer = make_layer(D)
     seen: list[Routing] = []
 
-    def exchange(x_TD: Tensor, routing: Routing, experts: nn.Module) -> Tensor:
+    def exchange(x_TD: Tensor, routing: Routing, experts: nn.Module, meanwhile: object) -> Tensor:
         seen.append(routing)
         return 2 * experts(x_TD, routing)
 

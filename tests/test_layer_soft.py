@@ -142,7 +142,7 @@ def test_slots_take_the_road_of_sparse_routings(monkeypatch: pytest.MonkeyPatch)
     routing = make_weights(2, 3, 2, [])
     layer, seen = soft_layer(monkeypatch, routing), []
 
-    def exchange(slots_RD: Tensor, slot_routing: Routing, experts: nn.Module) -> Tensor:
+    def exchange(slots_RD: Tensor, slot_routing: Routing, experts: nn.Module, meanwhile: object) -> Tensor:
         seen.append((slots_RD, slot_routing))
         return experts(slots_RD, slot_routing)
 

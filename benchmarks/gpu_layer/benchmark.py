@@ -5,7 +5,7 @@ import time
 
 import torch
 
-from benchmarks.gpu_layer.implementations import DENSE, IMPLEMENTATIONS, OURS, Inputs
+from benchmarks.gpu_layer.implementations import DENSE, IMPLEMENTATIONS, OURS, SWIGLU_ONLY, Inputs
 from benchmarks.gpu_layer.measure import make_inputs, measure
 from benchmarks.gpu_layer.shapes import CASES, QUICK_CASES, Case
 from benchmarks.spec import Benchmark, Check, Options, Row
@@ -70,7 +70,7 @@ def gate(options: Options) -> list[Check]:
 def _rows(case: Case, device: torch.device, repeats: int, options: Options) -> list[Row]:
     inputs, rows = make_inputs(case, device), []
     for name, implementation in IMPLEMENTATIONS.items():
-        if name.startswith("transformers") and case.activation != "swiglu":
+        if name in SWIGLU_ONLY and case.activation != "swiglu":
             continue
         row: Row = {
             "device": _device_name(),

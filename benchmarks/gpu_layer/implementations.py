@@ -6,6 +6,7 @@ Legend: T tokens, D model, F expert FFN, H = 2F (SwiGLU) or F (GELU), E experts,
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor, nn
@@ -81,6 +82,29 @@ def transformers_grouped_mm(inputs: Inputs) -> Tensor:
     return torch.func.functional_call(experts, weights, call)
 
 
+def liger(inputs: Inputs) -> Tensor:
+    """Liger-Kernel's fused Triton MoE (SwiGLU only), of its wheel; only where that is installed."""
+    from liger_kernel.ops.fused_moe import LigerFusedMoEFunction
+
+    weights_TK = inputs.weights_TK.to(inputs.x_TD.dtype)
+    experts_TK = inputs.experts_TK.to(torch.int32)
+    return LigerFusedMoEFunction.apply(inputs.x_TD, inputs.w_up_EHD, inputs.w_down_EDF, experts_TK, weights_TK)
+
+
+def scattermoe(inputs: Inputs) -> Tensor:
+    """ScatterMoE's two scatter-GEMMs (arXiv 2403.08245) with the activation between; only where it is installed."""
+    from scattermoe.kernels.ops import flatten_sort_count
+    from scattermoe.parallel_experts import parallel_linear
+
+    num_experts, top_k = inputs.w_up_EHD.shape[0], inputs.experts_TK.shape[1]
+    sorted_experts_N, sorted_slots_N, ends_E = flatten_sort_count(inputs.experts_TK, num_experts)
+    order = {"sorted_expert_idxs": sorted_experts_N, "sorted_scattered_idxs": sorted_slots_N, "expert_offsets": ends_E}
+    h_NH = parallel_linear(inputs.x_TD, inputs.w_up_EHD.transpose(1, 2), top_k, **order, grouped_out=True)
+    gates_TK = inputs.weights_TK.to(h_NH.dtype)
+    a_NF = activate(h_NH, inputs.activation)
+    return parallel_linear(a_NF, inputs.w_down_EDF.transpose(1, 2), 1, **order, grouped_in=True, gates=gates_TK)
+
+
 def dense(inputs: Inputs) -> Tensor:
     """One FFN of the same FLOPs (width K * F), cuBLAS: the ceiling. Its result is another one."""
     up_HD, down_DF = dense_weights(inputs)
@@ -93,10 +117,13 @@ def dense_weights(inputs: Inputs) -> tuple[Tensor, Tensor]:
     return inputs.w_up_EHD[:top_k].reshape(top_k * height, dim), inputs.w_down_EDF[:top_k].reshape(dim, -1)
 
 
+_OPTIONAL = {"liger": ("liger_kernel", liger), "scattermoe": ("scattermoe", scattermoe)}
+SWIGLU_ONLY = ("transformers grouped_mm", "liger")
 OURS, DENSE = "moe", "dense of the same FLOPs"
 IMPLEMENTATIONS: dict[str, Callable[[Inputs], Tensor]] = {
     OURS: ours,
     "transformers grouped_mm": transformers_grouped_mm,
     "torch grouped_mm": torch_grouped_mm,
+    **{name: run for name, (package, run) in _OPTIONAL.items() if find_spec(package)},
     DENSE: dense,
 }

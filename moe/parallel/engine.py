@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from moe.layer import MoELayer, moe_layers
 from moe.parallel.collectives import all_reduce_sum
-from moe.parallel.expert_parallel import ExpertParallelExchange
+from moe.parallel.exchange.backends import make_exchange
+from moe.parallel.exchange.config import ExchangeConfig
 
 
 class _EngineMoELayer(MoELayer, AutoEPMoELayer):
@@ -31,13 +32,15 @@ class _EngineMoELayer(MoELayer, AutoEPMoELayer):
     ep_size: int
     ep_rank: int
     ep_group_name: str
+    exchange_config: ExchangeConfig
+    name: str
 
     def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False, **_: Any) -> None:
         """Called by the engine once its groups exist; creates the expert groups and the exchange."""
         if self.ep_group_name not in groups._get_expert_parallel_group_dict():
             groups._create_expert_and_data_parallel(self.ep_size)
         group = groups._get_expert_parallel_group(self.ep_group_name)
-        self.exchange = ExpertParallelExchange(group, self.ep_rank, self.ep_size)
+        self.exchange = make_exchange(group, self.ep_rank, self.ep_size, self.exchange_config, self.name)
 
 
 def is_expert_parameter(parameter: nn.Parameter) -> bool:
@@ -45,7 +48,7 @@ def is_expert_parameter(parameter: nn.Parameter) -> bool:
     return getattr(parameter, "allreduce", True) is False
 
 
-def shard_experts(model: nn.Module, ep_size: int) -> None:
+def shard_experts(model: nn.Module, ep_size: int, exchange: ExchangeConfig | None = None) -> None:
     """Keep this rank's experts of every MoE layer, in place, and mark them for the engine.
 
     Ranks r * ep_size ... (r + 1) * ep_size - 1 form expert group r; rank i of a group holds experts
@@ -59,7 +62,7 @@ def shard_experts(model: nn.Module, ep_size: int) -> None:
         raise ValueError(
             f"parallel.ep_size={ep_size} does not divide the {world_size} processes; use a divisor or start more"
         )
-    for layer in moe_layers(model).values():
+    for layer_name, layer in moe_layers(model).items():
         layer.reduce_counts = all_reduce_sum
         if ep_size == 1:
             continue
@@ -76,6 +79,7 @@ def shard_experts(model: nn.Module, ep_size: int) -> None:
             setattr(layer.experts, name, local)
         layer.__class__ = _EngineMoELayer
         layer.ep_size, layer.ep_rank, layer.ep_group_name = ep_size, ep_rank, group_name  # type: ignore[assignment]
+        layer.exchange_config, layer.name = exchange or ExchangeConfig(), layer_name  # type: ignore[assignment]
 
 
 class Engine:
@@ -88,6 +92,7 @@ class Engine:
         optimizer_class, optimizer_options: the torch optimizer.
         config: DeepSpeed's JSON; ``zero_optimization.stage`` and ``gradient_clipping`` are read here.
         ep_size: ranks that share one set of experts.
+        exchange: how tokens travel to them.
     """
 
     def __init__(
@@ -98,11 +103,12 @@ class Engine:
         optimizer_options: dict[str, Any],
         config: dict[str, Any],
         ep_size: int,
+        exchange: ExchangeConfig | None = None,
     ) -> None:
         self.model, self.ep_size = model, ep_size
         self.zero_stage = int(config.get("zero_optimization", {}).get("stage", 0))
         self._clip = float(config.get("gradient_clipping", 0.0))
-        shard_experts(model, ep_size)
+        shard_experts(model, ep_size, exchange)
         parameters = dict(model.named_parameters())
         param_groups = [{**group, "params": [parameters[name] for name in group["params"]]} for group in param_groups]
         if ep_size > 1:
@@ -118,7 +124,8 @@ class Engine:
             model=model,
             model_parameters=param_groups,
             optimizer=optimizer_class(param_groups, **optimizer_options),
-            config={**config, "zero_allow_untested_optimizer": True},
+            # Its own CPU Adam would have to be compiled; torch's fused one is as good on offloaded states.
+            config={**config, "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False},
         )
         if hasattr(self.optimizer, "fp32_groups"):
             _undo_first_step(self.optimizer)

@@ -5,40 +5,46 @@ together; writing one back, and creating the moments before the first step, is d
 collective over the ranks that share the parameter, and must be called by all of them in the same order.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad, safe_get_full_optimizer_state
 from torch import Tensor, nn
 
-from moe.parallel.engine import Engine
+if TYPE_CHECKING:  # who only reads a checkpoint needs no DeepSpeed
+    from moe.parallel.engine import Engine
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam and AdamW
 
 
 def full_gradient(parameter: nn.Parameter) -> Tensor:
     """Averaged gradient after backward and before the step, in fp32."""
+    from deepspeed.utils import safe_get_full_grad
+
     gradient = safe_get_full_grad(parameter)
     return torch.zeros_like(parameter, dtype=torch.float32) if gradient is None else gradient.float()
 
 
-def full_weight(engine: Engine, parameter: nn.Parameter) -> Tensor:
+def full_weight(engine: "Engine", parameter: nn.Parameter) -> Tensor:
     """The fp32 master weight."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
     whole = safe_get_full_fp32_param(parameter)
     if whole is None:
         whole = _master(engine, parameter)
     return whole.detach().float()
 
 
-def full_moment(engine: Engine, parameter: nn.Parameter, key: str) -> Tensor:
+def full_moment(engine: "Engine", parameter: nn.Parameter, key: str) -> Tensor:
     """An optimizer state of the parameter's shape; it exists after the first step."""
+    from deepspeed.utils import safe_get_full_optimizer_state
+
     whole = safe_get_full_optimizer_state(parameter, key)
     if whole is None:
         whole = engine.module.basic_optimizer.state[_master(engine, parameter)][key]
     return whole.detach().float()
 
 
-def num_optimizer_steps(engine: Engine) -> int:
+def num_optimizer_steps(engine: "Engine") -> int:
     """Steps that the optimizer has applied; 0 before its state exists."""
     for state in engine.module.basic_optimizer.state.values():
         if "step" in state:
@@ -46,7 +52,7 @@ def num_optimizer_steps(engine: Engine) -> int:
     return 0
 
 
-def create_moments(engine: Engine, num_steps: int) -> None:
+def create_moments(engine: "Engine", num_steps: int) -> None:
     """Make zero moments as if ``num_steps`` steps had been applied, so that `set_full` can fill them."""
     base: Any = engine.module.basic_optimizer
     for master in _masters(engine):
@@ -57,7 +63,7 @@ def create_moments(engine: Engine, num_steps: int) -> None:
     link_moments(engine)
 
 
-def link_moments(engine: Engine) -> None:
+def link_moments(engine: "Engine") -> None:
     """Tell every parameter where its moments are; to be called before `full_moment` and `set_full`.
 
     DeepSpeed 0.19.8 does it once, after stepping the first of several optimizer groups, when the others have none yet.
@@ -68,7 +74,7 @@ def link_moments(engine: Engine) -> None:
         optimizer._lazy_init_hp_params_optimizer_state()
 
 
-def set_full(engine: Engine, parameter: Any, weight: Tensor, moments: dict[str, Tensor]) -> None:
+def set_full(engine: "Engine", parameter: Any, weight: Tensor, moments: dict[str, Tensor]) -> None:
     """Write a whole fp32 weight and its moments into this rank's pieces, and the compute weight with them."""
     if hasattr(parameter, "ds_id"):  # ZeRO 3
         _set_partition(parameter, weight, None)
@@ -87,6 +93,20 @@ def set_full(engine: Engine, parameter: Any, weight: Tensor, moments: dict[str, 
     parameter.data.copy_(weight)
 
 
+def computes_with(parameter: Any, weight: Tensor) -> bool:
+    """Whether the model's own copy on this rank, or its piece of it, is the whole fp32 weight rounded to its dtype."""
+    mine, rounded = parameter.detach(), weight.to(parameter.dtype)
+    if hasattr(parameter, "ds_id"):  # ZeRO 3
+        piece = parameter.ds_tensor
+        if piece.numel() != piece.ds_numel:  # on a disk
+            return True
+        start = piece.ds_numel * parameter.ds_zero_partition_rank
+        rounded = rounded.flatten()[start : start + piece.ds_numel]
+        mine = piece.detach()[: rounded.numel()].to(rounded.device)
+    # The second for what is no number: to save that is the caller's decision.
+    return torch.equal(mine, rounded) or torch.allclose(mine, rounded, rtol=0.0, atol=0.0, equal_nan=True)
+
+
 def _set_partition(parameter: Any, whole: Tensor, key: str | None) -> None:
     """DeepSpeed's own setter overruns the end where the parameter does not divide evenly; pad, and set the piece."""
     piece_numel, rank = parameter.ds_tensor.numel(), parameter.ds_zero_partition_rank
@@ -99,7 +119,7 @@ def _set_partition(parameter: Any, whole: Tensor, key: str | None) -> None:
         parameter.ds_tensor.data.copy_(piece)
 
 
-def _masters(engine: Engine) -> list[Tensor]:
+def _masters(engine: "Engine") -> list[Tensor]:
     """The tensors that the base optimizer steps."""
     optimizer = engine.optimizer
     if hasattr(optimizer, "fp32_partitioned_groups_flat"):  # ZeRO 3 empties the optimizer's own list between steps
@@ -107,7 +127,7 @@ def _masters(engine: Engine) -> list[Tensor]:
     return [p for group in engine.module.basic_optimizer.param_groups for p in group["params"]]
 
 
-def _master(engine: Engine, parameter: nn.Parameter) -> Tensor:
+def _master(engine: "Engine", parameter: nn.Parameter) -> Tensor:
     """The fp32 tensor behind a parameter that is not partitioned (ZeRO 0)."""
     optimizer = engine.optimizer
     for low, full in zip(getattr(optimizer, "fp16_groups", []), getattr(optimizer, "fp32_groups", []), strict=True):

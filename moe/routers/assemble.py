@@ -12,13 +12,16 @@ from moe.routers.losses import count_assignments
 from moe.types import Routing
 
 
-def routing_of_choices(expert_ids_TK: Tensor, weights_TK: Tensor, num_experts: int, **rest: Any) -> Routing:
+def routing_of_choices(
+    expert_ids_TK: Tensor, weights_TK: Tensor, num_experts: int, counts_E: Tensor | None = None, **rest: Any
+) -> Routing:
     """Exactly K different experts per token, best first.
 
     Args:
         expert_ids_TK: (T, K) int64.
         weights_TK: (T, K) fp32 with gradient.
         num_experts: E.
+        counts_E: (E,) int64 where they are known; counted otherwise.
         rest: further fields of `Routing`.
     """
     num_tokens, top_k = expert_ids_TK.shape
@@ -29,7 +32,7 @@ def routing_of_choices(expert_ids_TK: Tensor, weights_TK: Tensor, num_experts: i
         token_ids_N=torch.arange(num_tokens, device=expert_ids_N.device).repeat_interleave(top_k),
         expert_ids_N=expert_ids_N,
         weights_N=weights_TK.reshape(-1),
-        counts_E=count_assignments(expert_ids_N, num_experts),
+        counts_E=count_assignments(expert_ids_N, num_experts) if counts_E is None else counts_E,
         top_k=top_k,
         **rest,
     )

@@ -1,13 +1,17 @@
 """Balance losses and routing statistics as pure functions: no state, no communication.
 
-What other ranks know (global counts) comes in as an argument. Every balance loss here is 1 at perfect balance and E when
-one expert gets everything, for any K: papers and libraries differ by a factor K, so coefficients do not carry over blindly.
+What other ranks know (global counts) comes in as an argument. Means over tokens come from a routing's sums where a kernel has
+made them (`RouterStats`), else from its T x E matrices; from there on there is one formula. Every balance loss here is 1 at
+perfect balance and E when one expert gets everything, for any K: papers and libraries differ by a factor K, so coefficients do
+not carry over blindly.
 
 Legend: T tokens, E experts, B sequences, N assignments.
 """
 
 import torch
 from torch import Tensor
+
+from moe.types import RouterStats, Routing, SoftRouting
 
 
 def count_assignments(
@@ -33,14 +37,19 @@ def masked_mean(values_T: Tensor, keep_T: Tensor | None) -> Tensor:
 
 
 def switch_loss(probs_TE: Tensor, counts_E: Tensor, keep_T: Tensor | None = None) -> Tensor:
+    """`switch_loss_of_mean` of the kept tokens' mean probabilities."""
+    return switch_loss_of_mean(masked_mean(probs_TE, keep_T), counts_E)
+
+
+def switch_loss_of_mean(probs_E: Tensor, counts_E: Tensor) -> Tensor:
     """Switch balance loss E * sum_i f_i P_i (arXiv 2101.03961 eq. 4), with f_i = counts_i / sum(counts).
 
-    ``counts_E`` may cover more tokens than ``probs_TE`` does (other ranks, earlier micro-batches): the loss is linear in
-    P, so the mean of the ranks' losses with global counts is the loss of the global batch (arXiv 2501.11873).
+    ``counts_E`` may cover more tokens than the mean ``probs_E`` does (other ranks, earlier micro-batches): the loss is linear
+    in P, so the mean of the ranks' losses with global counts is the loss of the global batch (arXiv 2501.11873).
     No gradient passes through the counts.
     """
-    fraction_E = counts_E.to(probs_TE.dtype) / counts_E.sum().clamp_min(1)
-    return probs_TE.shape[1] * (fraction_E * masked_mean(probs_TE, keep_T)).sum()
+    fraction_E = counts_E.to(probs_E.dtype) / counts_E.sum().clamp_min(1)
+    return probs_E.numel() * (fraction_E * probs_E).sum()
 
 
 def sequence_loss(
@@ -76,6 +85,44 @@ def squared_variation(values_E: Tensor) -> Tensor:
 def entropy(probs_TE: Tensor, keep_T: Tensor | None = None) -> Tensor:
     """Mean entropy of the router's distribution over experts, in nats; at most ln E."""
     return masked_mean(-(probs_TE * probs_TE.clamp_min(1e-20).log()).sum(-1), keep_T)
+
+
+def _stats(routing: Routing | SoftRouting) -> RouterStats | None:
+    return routing.stats if isinstance(routing, Routing) else None
+
+
+def balance_loss(
+    routing: Routing, counts_E: Tensor, keep_T: Tensor | None, num_sequences: int | None = None
+) -> Tensor | None:
+    """`switch_loss` of the kept tokens, or `sequence_loss` of so many sequences; ``None`` for routers without probabilities."""
+    if num_sequences is None and routing.stats is not None:
+        return switch_loss_of_mean(routing.stats.prob_sum_E / routing.stats.num_kept.clamp_min(1), counts_E)
+    if routing.probs_TE is None:
+        return None
+    if num_sequences is None:
+        return switch_loss(routing.probs_TE, counts_E, keep_T)
+    return sequence_loss(routing.probs_TE, routing.expert_ids_N, routing.token_ids_N, num_sequences, keep_T)
+
+
+def mean_z(routing: Routing | SoftRouting, keep_T: Tensor | None) -> Tensor | None:
+    """`z_loss` of the kept tokens; ``None`` for routers without logits."""
+    if stats := _stats(routing):
+        return stats.z_sum / stats.num_kept.clamp_min(1)
+    return None if routing.logits_TE is None else z_loss(routing.logits_TE, keep_T)
+
+
+@torch.no_grad()
+def observations(routing: Routing | SoftRouting, keep_T: Tensor | None) -> dict[str, Tensor]:
+    """Mean "entropy" and "logit_norm" of the kept tokens, () each, as far as the router has what they need."""
+    if stats := _stats(routing):
+        num_kept = stats.num_kept.clamp_min(1)
+        return {"entropy": stats.entropy_sum / num_kept, "logit_norm": stats.logit_norm_sum / num_kept}
+    found = {}
+    if routing.probs_TE is not None:
+        found["entropy"] = entropy(routing.probs_TE, keep_T)
+    if routing.logits_TE is not None:
+        found["logit_norm"] = masked_mean(routing.logits_TE.norm(dim=-1), keep_T)
+    return found
 
 
 def load_fractions(counts_E: Tensor) -> Tensor:

@@ -5,44 +5,33 @@ One configurable gate covers the family: Mixtral and Qwen (arXiv 2401.04088), Sw
 selection bias (arXiv 2412.19437 eq. 12-16, arXiv 2408.15664). Scores are computed in fp32 whatever the input's dtype
 ("selective precision", arXiv 2101.03961 table 2).
 
+There are two roads to the same result: plain torch, in steps that subclasses may replace, and the fused kernels of
+`ops.route_topk` where those run, which keep no T x E matrix but the logits.
+
 Legend: T tokens, D model, E experts, K top-k, G groups, N = T * K.
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from moe.kernels import ops
 from moe.routers.assemble import routing_of_choices
 from moe.routers.base import Router, RouterConfig, check_top_k
-from moe.types import NO_INFO, AuxLoss, Routing, TokenInfo
+from moe.types import NO_INFO, AuxLoss, Routing, TokenInfo, TopKRule
 
 
 @dataclass(frozen=True, kw_only=True)
-class TopKConfig(RouterConfig):
-    """Options of `TopKRouter`.
+class TopKConfig(TopKRule, RouterConfig):
+    """Options of `TopKRouter`: those of `TopKRule`, and these.
 
     Attributes:
-        top_k: K, experts per token.
-        score: "softmax" over experts or independent "sigmoid".
-        softmax_order: "before" takes the softmax over all experts, then the top-k; "after" takes it over the k chosen logits.
-        renormalize: divide the chosen weights by their sum ("after" does so by construction).
-        num_groups: split the experts into this many equal groups; 1 is no grouping.
-        top_k_groups: groups a token may use; the others are masked before the top-k.
-        route_scale: factor on the final weights.
         jitter: in training, multiply the router's input by U(1 - jitter, 1 + jitter) (arXiv 2101.03961; 1e-2 there).
         selection_bias: keep a bias per expert that changes who is chosen and never the weight (`balance.update_bias`).
     """
 
-    top_k: int = 2
-    score: Literal["softmax", "sigmoid"] = "softmax"
-    softmax_order: Literal["before", "after"] = "before"
-    renormalize: bool = True
-    num_groups: int = 1
-    top_k_groups: int = 1
-    route_scale: float = 1.0
     jitter: float = 0.0
     selection_bias: bool = False
 
@@ -65,6 +54,10 @@ class TopKConfig(RouterConfig):
             )
         if not 0 <= self.jitter < 1:
             raise ValueError(f"router.jitter={self.jitter} must lie in [0, 1)")
+
+
+# Of plain torch, which subclasses may replace.
+_STEPS = ("perturb", "select", "weigh")
 
 
 class TopKRouter(Router):
@@ -108,6 +101,8 @@ class TopKRouter(Router):
             if self.training and self.config.jitter:
                 x_TD = x_TD * torch.empty_like(x_TD).uniform_(1 - self.config.jitter, 1 + self.config.jitter)
             logits_TE = self.logits(x_TD)
+            if self._runs_fused(logits_TE, info):
+                return self._route_fused(logits_TE, info)
             noisy_TE, aux_losses = self.perturb(x_TD, logits_TE, info.keep_T)
             scores_TE = noisy_TE.sigmoid() if self.config.score == "sigmoid" else noisy_TE.softmax(-1)
             expert_ids_TK = self.select(scores_TE.detach() if self.config.score == "sigmoid" else noisy_TE.detach())
@@ -119,6 +114,23 @@ class TopKRouter(Router):
                 probs_TE = logits_TE.softmax(-1)
         return routing_of_choices(
             expert_ids_TK, weights_TK, self.num_experts, logits_TE=logits_TE, probs_TE=probs_TE, aux_losses=aux_losses
+        )
+
+    def _runs_fused(self, logits_TE: Tensor, info: TokenInfo) -> bool:
+        """Whether the fused kernels do what this router does: they know no step of a subclass, and give no probabilities."""
+        own_steps = any(getattr(type(self), step) is not getattr(TopKRouter, step) for step in _STEPS)
+        return not (own_steps or info.wants_probs) and ops.chosen(logits_TE.device.type, logits_TE.dtype) == "triton"
+
+    def _route_fused(self, logits_TE: Tensor, info: TokenInfo) -> Routing:
+        bias_E = self.get_buffer("bias_E") if self.config.selection_bias else None
+        choices = ops.route_topk(logits_TE, self.config, bias_E, info.keep_T)
+        return routing_of_choices(
+            choices.expert_ids_TK,
+            choices.weights_TK,
+            self.num_experts,
+            counts_E=choices.counts_E,
+            logits_TE=logits_TE,
+            stats=choices.stats,
         )
 
     def logits(self, x_TD: Tensor) -> Tensor:

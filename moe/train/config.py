@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 
 from moe.errors import nearest
 from moe.layer import MoESpec
+from moe.parallel.exchange.config import ExchangeConfig
 from moe.routers import ROUTERS
 from moe.routers.balance import BalanceConfig
 from moe.train.data import DataConfig
@@ -73,11 +74,21 @@ class TrainConfig(_Section):
     batch_size: int = Field(default=32, ge=1, description="sequences per optimizer step, over all processes")
     micro_batch_size: int = Field(default=16, ge=1, description="sequences per process and forward pass")
     precision: Literal["fp32", "bf16"] = "fp32"
-    activation_checkpointing: bool = False
+    expert_precision: Literal["same", "fp8"] = Field(
+        default="same", description="of the experts' forward products; fp8 (e4m3) needs compute capability 8.9 to pay"
+    )
+    activation_checkpointing: bool = Field(
+        default=False, description="keep layers' inputs only, run layers again in backward"
+    )
+    recompute_experts: bool = Field(default=False, description="make the experts' pre-activation again in backward")
     eval_every: int = Field(default=0, ge=0, description="steps between evaluations; 0: only at the end")
     eval_windows: int = Field(default=64, ge=1, description="held-out windows per evaluation")
     checkpoint_every: int = Field(default=0, ge=0, description="steps between checkpoints; 0: only at the end")
     keep_last: int = Field(default=2, ge=1, description="checkpoints that stay")
+    async_checkpoints: bool = Field(
+        default=True,
+        description="write them while training goes on; holds 12 bytes of host memory per parameter over the processes",
+    )
     max_nonfinite_steps: int = Field(default=5, ge=1, description="skipped steps in a row after which the run stops")
     log_every: int = Field(default=1, ge=1, description="steps between lines of metrics")
     sample_prompt: str = "def "
@@ -94,9 +105,54 @@ class ParallelConfig(_Section):
         default="auto", description="auto: GPUs if there is one for each process of this machine, else CPU"
     )
     ep_size: int = Field(default=1, ge=1, description="processes that share one set of experts")
+    sp_size: int = Field(default=1, ge=1, description="processes that share each sequence (DeepSpeed's Ulysses)")
     zero_stage: Literal[0, 1, 2, 3] = 1
+    offload_optimizer: Literal["none", "cpu", "nvme"] = Field(
+        default="none", description="where optimizer states and fp32 weights live; cpu from ZeRO 1 on, nvme at ZeRO 3"
+    )
+    offload_parameters: Literal["none", "cpu", "nvme"] = Field(
+        default="none", description="where parameters live that no layer needs at the moment; ZeRO 3"
+    )
+    nvme_path: str | None = Field(default=None, description="folder on a fast local disk, for nvme")
     timeout_seconds: float = Field(default=600, gt=0, description="after which a stuck collective fails")
+    stall_seconds: float = Field(
+        default=90, ge=0, description="within which a rank that keeps the others waiting is named; 0: never"
+    )
+    max_restarts: int = Field(
+        default=0,
+        ge=0,
+        description="how often `moe train` starts again from the last checkpoint after losing a process",
+    )
+    exchange: ExchangeConfig = Field(default=ExchangeConfig(), description="how tokens travel between those processes")
     deepspeed: dict[str, Any] = Field(default_factory=dict, description="merged into the generated DeepSpeed config")
+
+    @model_validator(mode="after")
+    def _combines(self) -> "ParallelConfig":
+        """What DeepSpeed would refuse later, or take and do otherwise than asked."""
+        stage = self.zero_stage
+        for name, place, needed in (
+            ("offload_optimizer", self.offload_optimizer, 3 if self.offload_optimizer == "nvme" else 1),
+            ("offload_parameters", self.offload_parameters, 3),
+        ):
+            if place != "none" and stage < needed:
+                raise ValueError(
+                    f"parallel.{name}={place} needs parallel.zero_stage={needed}{' or more' if needed < 3 else ''}, and it "
+                    f"is {stage}: DeepSpeed moves only what it has partitioned"
+                )
+        if "nvme" in (self.offload_optimizer, self.offload_parameters) and self.nvme_path is None:
+            raise ValueError("parallel.nvme_path is not set, and nvme needs a folder on a fast local disk")
+        return self
+
+    @property
+    def zero_optimization(self) -> dict[str, Any]:
+        """DeepSpeed's section of that name."""
+        section: dict[str, Any] = {"stage": self.zero_stage}
+        for key, place in (("offload_optimizer", self.offload_optimizer), ("offload_param", self.offload_parameters)):
+            if place != "none":
+                section[key] = {"device": place, "pin_memory": self.device != "cpu"}
+            if place == "nvme":
+                section[key]["nvme_path"] = self.nvme_path
+        return section
 
 
 class LogConfig(_Section):
@@ -141,8 +197,19 @@ class RunConfig(_Section):
             )
         if ep_size > 1 and moe is None and self.model.init_from is None:
             raise ValueError(f"parallel.ep_size={ep_size} needs experts, and moe is null; set parallel.ep_size=1")
-        if isinstance(processes, int) and processes % ep_size:
-            raise ValueError(f"parallel.ep_size={ep_size} does not divide parallel.processes={processes}")
+        sp_size, length = self.parallel.sp_size, self.data.seq_len
+        for name, size in (("ep_size", ep_size), ("sp_size", sp_size)):
+            if isinstance(processes, int) and processes % size:
+                raise ValueError(f"parallel.{name}={size} does not divide parallel.processes={processes}")
+        if length % sp_size:
+            raise ValueError(
+                f"data.seq_len={length} is not divisible by parallel.sp_size={sp_size}; change one of them"
+            )
+        if self.parallel.stall_seconds >= self.parallel.timeout_seconds:
+            raise ValueError(
+                f"parallel.stall_seconds={self.parallel.stall_seconds:g} must be below parallel.timeout_seconds="
+                f"{self.parallel.timeout_seconds:g}: who waits must still be there to name who is late; 0 turns it off"
+            )
         if self.optim.warmup_steps >= self.train.steps:
             raise ValueError(
                 f"optim.warmup_steps={self.optim.warmup_steps} must be below train.steps={self.train.steps}"
@@ -151,11 +218,15 @@ class RunConfig(_Section):
 
     def grad_accum(self, world_size: int) -> int:
         """Micro-batches per process and step."""
-        per_pass = self.train.micro_batch_size * world_size
+        sp_size = self.parallel.sp_size
+        if world_size % sp_size:
+            raise ValueError(f"parallel.sp_size={sp_size} does not divide the {world_size} processes")
+        per_pass = self.train.micro_batch_size * (world_size // sp_size)
         if self.train.batch_size % per_pass:
+            shared = f" that share sequences by {sp_size}" if sp_size > 1 else ""
             raise ValueError(
                 f"train.batch_size={self.train.batch_size} is not divisible by train.micro_batch_size="
-                f"{self.train.micro_batch_size} times {world_size} processes; make it a multiple of {per_pass}"
+                f"{self.train.micro_batch_size} times {world_size} processes{shared}; make it a multiple of {per_pass}"
             )
         return self.train.batch_size // per_pass
 
@@ -236,20 +307,26 @@ def _typed(path: str, owner: type, values: dict[str, Any]) -> dict[str, Any]:
     return typed
 
 
+def _fields(section: Any) -> dict[str, Any]:
+    """Annotations of a section's fields by name; none for what is no section."""
+    if isinstance(section, type) and issubclass(section, BaseModel):
+        return {name: field.annotation for name, field in section.model_fields.items()}
+    return get_type_hints(section) if dataclasses.is_dataclass(section) else {}
+
+
 def _explain(error: Any) -> str:
     location: list[str] = []
     section: Any = RunConfig
+    owners = []
     for part in error["loc"]:
-        inside = isinstance(section, type) and issubclass(section, BaseModel)
-        if inside or isinstance(part, int):  # what else follows a field names a branch of its union
+        fields = _fields(section)
+        if fields or isinstance(part, int):  # what else follows a field names a branch of its union
             location.append(str(part))
-        section = section.model_fields[part].annotation if inside and part in section.model_fields else None
+            owners.append(fields)
+        section = fields.get(part)
     key = ".".join(location)
-    if error["type"] == "extra_forbidden":
-        owner: Any = RunConfig
-        for part in location[:-1]:
-            owner = owner.model_fields[part].annotation
-        return f"config key {key} is unknown; {nearest(location[-1], owner.model_fields)}"
+    if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):  # of a model, of a dataclass
+        return f"config key {key} is unknown; {nearest(location[-1], owners[-1])}"
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "value_error":
         return message

@@ -6,12 +6,12 @@ import sys
 import torch
 from rich.console import Console
 from rich.text import Text
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
+from moe.models.from_checkpoint import export_checkpoint
 from moe.models.generate import sample_text
 from moe.train.config import RunConfig
-from moe.train.model import export_model
 from moe.train.report import write_report
 from moe.train.run_folder import MODEL_DIR, SUMMARY_FILE
 from moe.train.trainer import Outcome
@@ -26,9 +26,9 @@ def finish_run(config: RunConfig, outcome: Outcome, tokenizer: PreTrainedTokeniz
     disable_progress_bar()
     if outcome.finished:
         dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-        model = export_model(outcome.checkpoint, config.run_dir / MODEL_DIR, dtype)
-        tokenizer.save_pretrained(config.run_dir / MODEL_DIR)
+        export_checkpoint(outcome.checkpoint, config.run_dir / MODEL_DIR, dtype, replace=True)
         if config.train.sample_tokens:
+            model = AutoModelForCausalLM.from_pretrained(config.run_dir / MODEL_DIR, dtype="auto").eval()
             torch.manual_seed(config.seed)
             prompt, num_tokens = config.train.sample_prompt, config.train.sample_tokens
             summary["sample"] = sample_text(model, tokenizer, prompt, num_tokens, SAMPLE_TEMPERATURE)

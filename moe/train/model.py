@@ -1,5 +1,6 @@
-"""From a run's config to its model, and from a training checkpoint to a Hugging Face folder."""
+"""From a run's config to its model, and what else is told by both."""
 
+import tempfile
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -8,13 +9,14 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
+from moe.experts import set_ffn_options
 from moe.layer import moe_layers
 from moe.models import MoEConfig
-from moe.parallel.checkpoint import load_weights, read_state
 from moe.parallel.ranks import Ranks
 from moe.routers import parse_router
 from moe.train.config import RunConfig
 from moe.train.data import PackedDataset, StreamingPackedDataset
+from moe.types import FFNOptions
 
 _COUNTED_AT_ONCE = 1 << 24
 
@@ -64,6 +66,9 @@ def build_model(config: RunConfig, model_config: PreTrainedConfig) -> PreTrained
     else:
         model = AutoModelForCausalLM.from_config(model_config, dtype=torch.float32)
     model.config.use_cache = False
+    set_ffn_options(
+        model, FFNOptions(recompute=config.train.recompute_experts, fp8=config.train.expert_precision == "fp8")
+    )
     if config.train.activation_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model.train()
@@ -110,16 +115,11 @@ def count_tokens(tokens_N: np.ndarray, vocab_size: int, ranks: Ranks) -> Tensor:
     return torch.from_numpy(counts_V)
 
 
-def export_model(checkpoint: Path, out: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """Write a training checkpoint as a Hugging Face folder; on CPU, without a process group. Returns the model."""
-    values = read_state(checkpoint)["model_config"]
-    model_config = AutoConfig.for_model(**values)
-    model = AutoModelForCausalLM.from_config(model_config, dtype=torch.float32)
-    load_weights(checkpoint, model)
-    model = model.to(dtype).eval()
-    model.config.use_cache = True
-    model.save_pretrained(out)
-    return model
+def tokenizer_files(tokenizer: PreTrainedTokenizerFast) -> dict[str, bytes]:
+    """The files of a saved tokenizer, by name."""
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        return {file.name: file.read_bytes() for file in sorted(Path(folder).iterdir()) if file.is_file()}
 
 
 def model_difference(saved: dict[str, Any], ours: dict[str, Any]) -> str | None:

@@ -6,8 +6,9 @@ micro-batches forward and backward, one engine step, one exchange of scalars bet
 
 import math
 import signal
+import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -18,7 +19,11 @@ from torch import Tensor
 from moe.layer import finish_step, moe_layers
 from moe.parallel import checkpoint
 from moe.parallel.engine import Engine
+from moe.parallel.heartbeat import this_host
 from moe.parallel.ranks import Ranks
+from moe.parallel.sequence_parallel import SequenceParallel
+from moe.parallel.stacks import BusyMeter
+from moe.parallel.watchdog import Watchdog
 from moe.train.config import RunConfig
 from moe.train.data import Batch, BatchLoader, DataBundle, build_data, eval_batches
 from moe.train.layer_metrics import layer_records
@@ -26,7 +31,9 @@ from moe.train.metrics import MetricsWriter, mean_balance, model_flops_per_token
 from moe.train.model import build_config, build_model, give_token_counts, model_difference, parameter_counts
 from moe.train.optim import learning_rate, param_groups
 from moe.train.progress import TrainProgress
+from moe.train.run_checkpoints import RunCheckpoints
 from moe.train.run_folder import CHECKPOINTS_DIR, device_name, write_run_files
+from moe.train.stragglers import StragglerWatch
 
 # Slurm and systemd signal every process of a job, and then the launcher passes its own signal on: one request, not two.
 SAME_REQUEST_SECONDS = 5.0
@@ -65,13 +72,14 @@ class Trainer:
     def __init__(self, config: RunConfig, ranks: Ranks, resume: bool) -> None:
         self.config, self.ranks, self.run_dir = config, ranks, config.run_dir
         self.grad_accum = config.grad_accum(ranks.world_size)
+        self.sequences = SequenceParallel(config.parallel.sp_size)
+        self._data_place = (self.sequences.data_rank, self.sequences.data_size)
         with ranks.main_first():
-            self.data: DataBundle = build_data(config.data, ranks.rank, ranks.world_size)
-        self.loader = BatchLoader(
-            self.data.train, config.train.micro_batch_size, ranks.rank, ranks.world_size, self.grad_accum
-        )
+            self.data: DataBundle = build_data(config.data, *self._data_place)
+        self.loader = BatchLoader(self.data.train, config.train.micro_batch_size, *self._data_place, self.grad_accum)
         model_config = build_config(config, self.data.tokenizer)
         model = build_model(config, model_config)
+        self.sequences.install(model)
         self.model_config = {"model_type": model_config.model_type, **model_config.to_diff_dict()}
         self.counts = parameter_counts(model)
         decoder = model_config.get_text_config()
@@ -81,13 +89,22 @@ class Trainer:
         groups = param_groups(model, config.optim)
         optimizer = {"lr": config.optim.lr, "betas": config.optim.betas, "eps": config.optim.eps, "fused": True}
         self.engine = Engine(
-            model, groups, torch.optim.AdamW, optimizer, self._deepspeed_config(), config.parallel.ep_size
+            model,
+            groups,
+            torch.optim.AdamW,
+            optimizer,
+            self._deepspeed_config(),
+            config.parallel.ep_size,
+            config.parallel.exchange,
         )
         self.model = model
         self.step = self.tokens = self.skipped = self._nonfinite_in_a_row = 0
         self._stop_asked: float | None = None
         self._stop_agreed = False
-        self._checkpoint: Path | None = None
+        self._checkpoints = RunCheckpoints(config, self.engine, self.data.tokenizer, self._event)
+        parallel = config.parallel
+        self.watchdog = Watchdog(ranks, parallel.stall_seconds, parallel.timeout_seconds, self._report_stall)
+        self._busy = BusyMeter()
         torch.manual_seed(config.seed * ranks.world_size + ranks.rank)  # router noise differs between ranks
         self._notes: list[str] = []
         if resume:
@@ -100,7 +117,7 @@ class Trainer:
             "train_micro_batch_size_per_gpu": train.micro_batch_size,
             "gradient_accumulation_steps": self.grad_accum,
             "gradient_clipping": self.config.optim.clip,
-            "zero_optimization": {"stage": parallel.zero_stage},
+            "zero_optimization": parallel.zero_optimization,
             "bf16": {"enabled": train.precision == "bf16"},
             "steps_per_print": 2**31,
         }
@@ -128,7 +145,7 @@ class Trainer:
             )
         self.loader.load_state_dict(state["loader"][self.ranks.rank % len(state["loader"])])
         self.step, self.tokens, self.skipped = state["step"], state["tokens"], state["skipped"]
-        self._checkpoint = path
+        self._checkpoints.newest = path
         self._notes.append(f"resumed from step {self.step} ({path.name})")
 
     def fit(self) -> Outcome:
@@ -138,6 +155,9 @@ class Trainer:
         previous = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
         self._open_run()
         try:
+            self._stragglers = StragglerWatch(self.ranks.gather(this_host()))
+            self.watchdog.start(self.step)
+            self._busy.start()
             with TrainProgress(config.train.steps, self.ranks.is_main, start_step=self.step) as self._progress:
                 for note in self._notes:
                     self._event(note)
@@ -149,18 +169,27 @@ class Trainer:
                     if due and not self._nonfinite_in_a_row:  # the older ones may be what the run must go back to
                         self.save()
                 finished = self.step >= config.train.steps
-                if self._checkpoint != checkpoint.step_dir(self.run_dir / CHECKPOINTS_DIR, self.step):
+                self.watchdog.at(self.step, "checkpoint")
+                self._checkpoints.finish()
+                if not self._checkpoints.has(self.step):
                     self.save(required=True)
                 if finished and (last_eval is None or self.step % max(config.train.eval_every, 1)):
                     last_eval = self.evaluate()
                 if not finished:
                     self._event(f"stopped by a signal after step {self.step}: resumable")
+        except Exception:
+            self._checkpoints.abandon()  # a checkpoint that was being written may still become complete
+            raise
         finally:
+            self.watchdog.stop()
+            self._busy.stop()
+            self.sequences.remove()
             for number, handler in previous.items():
                 signal.signal(number, handler)
             if self._writer is not None:
                 self._writer.close()
-        assert self._checkpoint is not None
+        newest = self._checkpoints.newest
+        assert newest is not None
         seconds = time.monotonic() - started
         summary = {
             "eval_loss": last_eval,
@@ -172,7 +201,7 @@ class Trainer:
             "skipped_steps": self.skipped,
             **self.counts,
         }
-        return Outcome(finished=finished, step=self.step, checkpoint=self._checkpoint, summary=summary)
+        return Outcome(finished=finished, step=self.step, checkpoint=newest, summary=summary)
 
     def _open_run(self) -> None:
         self._writer: MetricsWriter | None = None
@@ -205,29 +234,50 @@ class Trainer:
         lr = learning_rate(self.config.optim, self.step, self.config.train.steps)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
-        batches = self.loader.next_step()
+        self.watchdog.at(self.step, "loading the batch")
+        batches = [self._own_piece(batch) for batch in self.loader.next_step()]
         labels = sum(int((batch.labels_BL != -100).sum()) for batch in batches)
         (total_labels,) = self.ranks.sum([labels])
         per_micro_batch = total_labels / (self.ranks.world_size * self.grad_accum)
         loss = torch.zeros((), device=self.ranks.device)
         for batch in batches:
+            self.watchdog.at(self.step, "forward")
             micro_loss = self._loss(batch, per_micro_batch)
+            self.watchdog.at(self.step, "backward")
             self.engine.backward(micro_loss)
+            self.watchdog.at(self.step, "optimizer step")
             applied = self.engine.step()
             loss += micro_loss.detach()
         # A signal may reach ranks at different steps; they stop together, so that none waits for another.
-        loss_sum, stops = self.ranks.sum([loss.item(), float(self._stop_asked is not None)])
+        own_busy = [0.0] * self.ranks.world_size
+        own_busy[self.ranks.rank] = self._busy.take()
+        signals = [float(self._stop_asked is not None), float(self._checkpoints.busy)]
+        loss_sum, stops, saving, *busy = self.ranks.sum([loss.item(), *signals, *own_busy])
         self._stop_agreed = stops > 0
+        for message in self._stragglers.add(busy):
+            self._event(message)
         mean_loss = loss_sum / (self.ranks.world_size * self.grad_accum)
         layers = moe_layers(self.model)
         stats = dict(zip(layers, finish_step(layers.values(), applied), strict=True))
         self.step += 1
         self.tokens += self._tokens_per_step()
+        if not saving:
+            self._checkpoints.finish()
         self._check_finite(applied, loss.item(), mean_loss, batches)
         if self.step % self.config.train.log_every == 0 or self.step == self.config.train.steps:
             records = layer_records(stats, self.ranks)
             seconds = time.monotonic() - started
             self._log_step(lr, mean_loss, seconds, records)
+
+    def _own_piece(self, batch: Batch) -> Batch:
+        """What of a batch this rank computes; the mask stays whole, as attention sees whole sequences."""
+        piece = self.sequences.piece
+        return replace(
+            batch,
+            input_ids_BL=piece(batch.input_ids_BL),
+            labels_BL=piece(batch.labels_BL),
+            position_ids_BL=piece(batch.position_ids_BL),
+        )
 
     def _loss(self, batch: Batch, num_items: float) -> Tensor:
         """Summed cross-entropy over ``num_items``."""
@@ -292,17 +342,23 @@ class Trainer:
             self._writer.log({"kind": "event", "step": self.step, "message": message})
             self._progress.message(message)
 
+    def _report_stall(self, message: str) -> None:
+        """Runs beside the training, which does not go on: on the rank that speaks, whose main thread waits."""
+        if self._writer is not None:
+            self._writer.log({"kind": "event", "step": self.step, "message": message})
+        print(message, file=sys.stderr, flush=True)
+
     @torch.no_grad()
     def evaluate(self) -> float | None:
         """Mean held-out loss over at most ``train.eval_windows`` windows; None when nothing is held out. Collective."""
         if self.data.evaluation is None:
             return None
         train = self.config.train
+        self.watchdog.at(self.step, "evaluation")
         self.engine.module.eval()
         loss_sum, count = 0.0, 0
-        for batch in eval_batches(
-            self.data.evaluation, train.micro_batch_size, self.ranks.rank, self.ranks.world_size, train.eval_windows
-        ):
+        for batch in eval_batches(self.data.evaluation, train.micro_batch_size, *self._data_place, train.eval_windows):
+            batch = self._own_piece(batch)
             loss_sum += self._loss(batch, 1.0).item()
             count += int((batch.labels_BL != -100).sum())
         self.engine.module.train()
@@ -316,7 +372,8 @@ class Trainer:
         return loss
 
     def save(self, required: bool = False) -> None:
-        """Write a checkpoint; a failure is reported and training goes on, unless the checkpoint is ``required``."""
+        """Write a checkpoint, while training goes on unless it is ``required``; then a failure is an error. Collective."""
+        self.watchdog.at(self.step, "checkpoint")
         state = {
             "tokens": self.tokens,
             "skipped": self.skipped,
@@ -326,17 +383,9 @@ class Trainer:
             "ep_size": self.config.parallel.ep_size,
             "zero_stage": self.config.parallel.zero_stage,
         }
-        saved = checkpoint.save(
-            self.run_dir / CHECKPOINTS_DIR, self.step, self.engine, state, self.config.train.keep_last
-        )
-        if saved.error is None:
-            self._checkpoint = saved.path
-            return
-        older = "none" if self._checkpoint is None else self._checkpoint.name
-        message = f"checkpoint at step {self.step} failed, the last good one is {older}: {saved.error}"
-        self._event(message)
-        if required:
-            raise TrainingError(message)
+        problem = self._checkpoints.save(self.step, state, wait=required)
+        if problem is not None and required:
+            raise TrainingError(problem)
 
 
 def _merge(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from helpers import oracles
 from helpers.close import assert_close
 from moe.kernels import ops
-from moe.types import Routing
+from moe.types import DEFAULT_FFN, FFNOptions, Routing
 
 GRADIENTS = ("dx", "dweights", "dw_up", "dw_down")
 
@@ -97,18 +97,20 @@ def routing_of(case: Case, weights_N: Tensor) -> Routing:
     )
 
 
-def forward(case: Case, leaves: list[Tensor]) -> Tensor:
+def forward(case: Case, leaves: list[Tensor], options: FFNOptions = DEFAULT_FFN) -> Tensor:
     """`ops.expert_ffn` on ``leaves``; the Triton kernels run on a GPU where there is one."""
     device = "cuda" if torch.cuda.is_available() and os.environ.get("MOE_KERNELS") == "triton" else "cpu"
     x_TD, weights_N, w_up_EHD, w_down_EDF = (leaf.to(device) for leaf in leaves)
-    y_TD = ops.expert_ffn(x_TD, routing_of(case, weights_N), w_up_EHD, w_down_EDF, case.activation)
+    y_TD = ops.expert_ffn(x_TD, routing_of(case, weights_N), w_up_EHD, w_down_EDF, case.activation, options)
     return y_TD.to(leaves[0].device)
 
 
-def run(case: Case, needs: tuple[bool, bool, bool, bool] = (True, True, True, True)) -> dict[str, Tensor | None]:
+def run(
+    case: Case, needs: tuple[bool, bool, bool, bool] = (True, True, True, True), options: FFNOptions = DEFAULT_FFN
+) -> dict[str, Tensor | None]:
     """Output and gradients of `ops.expert_ffn`; ``needs`` says which leaves require one."""
     leaves = [leaf.requires_grad_(need) for leaf, need in zip(case.leaves(), needs, strict=True)]
-    y_TD = forward(case, leaves)
+    y_TD = forward(case, leaves, options)
     if any(needs):
         y_TD.backward(case.dy_TD)
     else:

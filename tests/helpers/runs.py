@@ -312,12 +312,15 @@ class Planned:
     """A run of `run_many`: ``overrides`` on the recipe; a second one of the same name goes on in the same folder.
 
     nan_steps: the losses of these steps (from 0) become NaN on the last rank, and on no other.
+    slow_rank, slow_seconds: a rank that takes this much longer to fetch the batches of a step.
     """
 
     name: str
     overrides: list[str]
     resume: bool = False
     nan_steps: tuple[int, ...] = ()
+    slow_rank: int = 0
+    slow_seconds: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -339,6 +342,7 @@ def run_many(recipe: Path, runs: list[Planned], processes: int = 2) -> list[Resu
             "overrides": [f"name={run.name}", f"parallel.processes={processes}", *run.overrides],
             "resume": run.resume,
             "nan_steps": run.nan_steps,
+            "slow_seconds": [run.slow_rank, run.slow_seconds],
         }
         for run in runs
     ]
@@ -361,7 +365,8 @@ def _worker(plan_path: str) -> None:
         error, said = "", io.StringIO()
         try:
             config = load_config(plan["recipe"], run["overrides"])
-            with _nan_losses(run["nan_steps"]), redirect_stderr(said):
+            slow = _slow_data(run["slow_seconds"][1] * (ranks.rank == run["slow_seconds"][0]))
+            with _nan_losses(run["nan_steps"]), slow, redirect_stderr(said):
                 status = train.run(config, ranks, run["resume"])
         except ValueError as problem:
             status, error = 2, str(problem)
@@ -386,6 +391,20 @@ def _nan_losses(steps: list[int]) -> Iterator[None]:
         return value * float("nan") if poisoned else value
 
     with mock.patch.object(Trainer, "_loss", loss):
+        yield
+
+
+@contextmanager
+def _slow_data(seconds: float) -> Iterator[None]:
+    from moe.train.data import BatchLoader
+
+    original = BatchLoader.next_step
+
+    def next_step(self: BatchLoader) -> Any:
+        time.sleep(seconds)
+        return original(self)
+
+    with mock.patch.object(BatchLoader, "next_step", next_step):
         yield
 
 

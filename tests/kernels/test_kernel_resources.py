@@ -11,8 +11,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = """
 import json
-from benchmarks.kernel_resources import VARIANTS, examine
-print(json.dumps([examine(name, "many") for name in VARIANTS]))
+from benchmarks.kernel_resources import VARIANTS, examine, examine_router
+print(json.dumps([examine(name, "many") for name in VARIANTS] + examine_router("deepseek")))
 """
 
 
@@ -25,8 +25,16 @@ def rows() -> list[dict]:
 
 
 def test_large_blocks_use_hoppers_tensor_cores(rows: list[dict]) -> None:
-    assert len(rows) == 6
-    assert all(row["hgmma"] > 0 and row["hmma"] == 0 for row in rows)
+    gemms = [row for row in rows if not row["kernel"].startswith("route")]
+    assert len(gemms) == 6
+    assert all(row["hgmma"] > 0 and row["hmma"] == 0 for row in gemms)
+
+
+def test_the_router_leaves_registers_to_other_programs(rows: list[dict]) -> None:
+    """At most 128 per thread: four programs of four warps share a multiprocessor."""
+    routers = [row for row in rows if row["kernel"].startswith("route")]
+    assert len(routers) == 2
+    assert all(row["registers"] <= 128 for row in routers)
 
 
 def test_nothing_spills(rows: list[dict]) -> None:
@@ -36,4 +44,5 @@ def test_nothing_spills(rows: list[dict]) -> None:
 
 
 def test_programs_fit_the_shared_memory(rows: list[dict]) -> None:
-    assert all(0 < row["shared_kib"] <= 227 for row in rows)
+    assert all(row["shared_kib"] <= 227 for row in rows)
+    assert max(row["shared_kib"] for row in rows) > 0

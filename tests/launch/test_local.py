@@ -176,3 +176,61 @@ def test_nobody_is_left_when_the_launcher_itself_fails(
 def test_the_interpreter_is_this_one(module: Callable[[str], str], tmp_path: Path) -> None:
     assert run_local([], 1, module=module('say("python", sys.executable)')) == 0
     assert (tmp_path / "python-0").read_text() == sys.executable
+
+
+def test_a_lost_worker_is_started_again_and_told(module: Callable[[str], str], tmp_path: Path) -> None:
+    name = module("""
+    restarts = os.environ["MOE_RESTARTS"]
+    say(f"start-{restarts}")
+    if restarts < "2" and rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    """)
+    assert run_local([], 2, module=name, max_restarts=3) == 0
+    assert sorted(path.name for path in tmp_path.glob("start-*-1")) == [f"start-{i}-1" for i in range(3)]
+
+
+def test_restarts_are_counted(module: Callable[[str], str], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    name = module('say("start-" + os.environ["MOE_RESTARTS"])\nos.kill(os.getpid(), signal.SIGKILL)')
+    assert run_local([], 1, module=name, max_restarts=2) == 137
+    assert len(list(tmp_path.glob("start-*"))) == 3
+    assert "restart 2 of at most 2" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("status", [0, 2, 3])
+def test_what_would_fail_the_same_way_again_is_not_restarted(
+    module: Callable[[str], str], tmp_path: Path, status: int
+) -> None:
+    name = module(f'say("start-" + os.environ["MOE_RESTARTS"])\nsys.exit({status})')
+    assert run_local([], 1, module=name, max_restarts=5) == status
+    assert len(list(tmp_path.glob("start-*"))) == 1
+
+
+def test_a_run_that_was_asked_to_stop_is_not_restarted(module: Callable[[str], str], tmp_path: Path) -> None:
+    name = module('say("start-" + os.environ["MOE_RESTARTS"])\nwait()')
+
+    def send() -> None:
+        wait_for(tmp_path / "start-0-0")
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    try:
+        assert run_local([], 1, module=name, max_restarts=5) == 128 + signal.SIGTERM
+    finally:
+        sender.join()
+    assert len(list(tmp_path.glob("start-*"))) == 1
+
+
+def test_after_a_stall_nobody_is_given_time_for_a_checkpoint(module: Callable[[str], str]) -> None:
+    """The rank that stalls is stopped for good: SIGTERM would never reach it."""
+    name = module(f"""
+    if rank == 0:
+        say("stopping", str(os.getpid()))
+        os.kill(os.getpid(), signal.SIGSTOP)
+    while not Path(os.environ["FOLDER"], "stopping-0").exists():
+        time.sleep(0.01)
+    sys.exit({local.STALLED_STATUS})
+    """)
+    begin = time.monotonic()
+    assert run_local([], 2, module=name) == local.STALLED_STATUS
+    assert time.monotonic() - begin < local.STALLED_GRACE_SECONDS + 20

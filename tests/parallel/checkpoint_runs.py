@@ -16,7 +16,7 @@ from tiny_run import Layout, Run, Trace, build_model, make_engine, micro_batches
 from torch import Tensor, nn
 
 from moe.parallel import checkpoint
-from moe.parallel.checkpoint import CheckpointError
+from moe.parallel.checkpoint import CheckpointError, Saver, saving
 from moe.parallel.engine import Engine, is_expert_parameter
 from moe.parallel.state import MOMENTS, full_moment, full_weight, link_moments, num_optimizer_steps
 
@@ -125,14 +125,22 @@ def observe(run: Run, engine: Engine) -> State:
     return State(tensors=tensors, random=random, losses=trace.losses, logits=logits)
 
 
+def trainer_state(source: Source) -> dict[str, Any]:
+    """What an export needs is in it."""
+    config = build_model(RUNS[source.run]).config
+    return {"note": source.name, "model_config": {"model_type": config.model_type, **config.to_diff_dict()}}
+
+
 def write(root: Path, source: Source) -> State:
     run = RUNS[source.run]
-    engine = make_engine(run, source.layout.ep_size, source.layout.zero_stage)
+    layout = source.layout
+    engine = make_engine(run, layout.ep_size, layout.zero_stage, zero_optimization=layout.zero_optimization)
+    trainer = trainer_state(source)
     torch.manual_seed(100 + dist.get_rank())
     for step in range(SAVED_AT):
         train_step(run, engine, step, Trace())
-    saved = checkpoint.save(root / source.name, SAVED_AT, engine, {"note": source.name}, keep_last=1)
-    assert saved.error is None
+    saved = checkpoint.save(root / source.name, SAVED_AT, engine, trainer, keep_last=1)
+    assert (saved.error, saved.warnings) == (None, [])
     assert saved.path == checkpoint.step_dir(root / source.name, SAVED_AT)
     state = observe(run, engine)
     engine.module.destroy()
@@ -141,7 +149,8 @@ def write(root: Path, source: Source) -> State:
 
 def read(root: Path, source: Source, target: Layout) -> State:
     run = RUNS[source.run]
-    engine = make_engine(run, target.ep_size, target.zero_stage, build_model(run, seed=7))
+    model = build_model(run, seed=7)
+    engine = make_engine(run, target.ep_size, target.zero_stage, model, target.zero_optimization)
     torch.manual_seed(500 + dist.get_rank())
     trainer = checkpoint.load(checkpoint.step_dir(root / source.name, SAVED_AT), engine)
     observed = replace(observe(run, engine), trainer=trainer)
@@ -171,11 +180,11 @@ def names_in(root: Path) -> list[str]:
 
 
 def failing_writes(root: Path, rank: int) -> dict[str, Any]:
-    def half_a_file(path: Path, tensors: dict[str, Tensor]) -> None:
+    def half_a_file(path: Path, *_: Any) -> None:
         path.write_bytes(b"half a file")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    def no_manifest(path: Path, text: str) -> None:
+    def no_room(*_: Any) -> None:
         raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
 
     engine, trace, found = make_engine(PLAIN, 2, 1), Trace(), {}
@@ -187,11 +196,11 @@ def failing_writes(root: Path, rank: int) -> dict[str, Any]:
         return {"error": saved.error, "names": names_in(root), "newest": newest and newest.name, "problems": problems}
 
     found["good"] = step_and_save(1)
-    with mock.patch.object(checkpoint, "_write_tensors", half_a_file) if rank == 1 else no_patch():
+    with mock.patch.object(saving, "write_tensors", half_a_file) if rank == 1 else no_patch():
         found["rank_1_full"] = step_and_save(2)
-    with mock.patch.object(checkpoint, "_write_text", no_manifest) if rank == 0 else no_patch():
+    with mock.patch.object(saving, "write_bytes", no_room) if rank == 0 else no_patch():
         found["rank_0_full"] = step_and_save(3)
-    with mock.patch.object(checkpoint, "_commit", side_effect=OSError(errno.EIO, "I/O error")):
+    with mock.patch.object(Saver, "_commit", side_effect=OSError(errno.EIO, "I/O error")):
         found["commit"] = step_and_save(4)
     found["recovered"] = step_and_save(5)
     found["third"] = step_and_save(6)

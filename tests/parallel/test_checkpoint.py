@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint_runs import ONE, OTHER, PLAIN, SAME, SAVED_AT, TWO, Source, State, work
+from checkpoint_runs import ONE, OTHER, PLAIN, SAME, SAVED_AT, TWO, Source, State, trainer_state, work
 from helpers.ranks import run_ranks
 from tiny_run import NUM_EXPERTS, Layout, build_model, micro_batches
 from torch import Tensor
@@ -63,7 +63,7 @@ def pair_id(value: object) -> str:
 
 def check_trainer_state(loaded: State, source: Source) -> None:
     assert loaded.trainer == {
-        "note": source.name,
+        **trainer_state(source),
         "step": SAVED_AT,
         "optimizer_steps": SAVED_AT,
         "world_size": source.layout.world_size,

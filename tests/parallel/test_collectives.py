@@ -1,4 +1,4 @@
-"""Collectives: uneven and empty blocks there and back, bf16, counts and sums."""
+"""Collectives: uneven and empty blocks, several under way at once, counts and sums."""
 
 from typing import Any
 
@@ -8,7 +8,8 @@ import torch.distributed as dist
 from helpers.ranks import run_ranks
 from torch import Tensor
 
-from moe.parallel.collectives import all_reduce_sum, all_to_all, exchange_counts
+from moe.parallel import trace
+from moe.parallel.collectives import Label, Peers, all_reduce_sum, start_all_to_all, start_counts
 
 W = 3
 # SENT[r][s]: rows from rank r to rank s. Rank 1 sends nothing to rank 2, rank 2 only to itself, nobody else to rank 2.
@@ -31,25 +32,26 @@ def rows_of(sent: list[list[int]], rank: int, dtype: torch.dtype) -> Tensor:
     return torch.tensor(values, dtype=torch.float64).reshape(-1, 3).to(dtype)
 
 
-def exchange(rank: int, sent: list[list[int]], dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    rows = rows_of(sent, rank, dtype)
-    rows.requires_grad_(dtype.is_floating_point)
-    receive_W = [sent[s][rank] for s in range(W)]
-    # a transposed layout: the collective must not assume contiguous rows
-    received = all_to_all(rows.T.contiguous().T, sent[rank], receive_W, dist.group.WORLD)
-    if not dtype.is_floating_point:
-        return received, None
-    # the gradient of each row says where it was received
-    (received * (rank + 1)).sum().backward()
-    return received.detach(), rows.grad
-
-
 def all_on_one_rank(rank: int, world_size: int) -> dict[str, Any]:
-    found: dict[str, Any] = {
-        f"{split}-{dtype}": exchange(rank, sent, DTYPES[dtype]) for split, sent in SPLITS.items() for dtype in DTYPES
+    peers = Peers(group=dist.group.WORLD, ranks=tuple(range(W)), rank=rank)
+    pending = {
+        # a transposed layout: the collective must not assume contiguous rows
+        f"{split}-{dtype}": start_all_to_all(
+            rows_of(sent, rank, DTYPES[dtype]).T.contiguous().T,
+            sent[rank],
+            [sent[s][rank] for s in range(W)],
+            peers,
+            Label(name=f"{split} {dtype}", layer="somewhere"),
+        )
+        for split, sent in SPLITS.items()
+        for dtype in DTYPES
     }
     counts_WC = torch.tensor([[100 * rank + 10 * s, 7] for s in range(W)])
-    found["counts"] = exchange_counts(counts_WC.T.contiguous().T, dist.group.WORLD)
+    counts = start_counts(counts_WC.T.contiguous().T, peers, Label(name="counts"))
+    found: dict[str, Any] = {"in_flight": [(one.layer, one.name, one.send) for one in trace.in_flight()]}
+    found |= {name: rows.wait() for name, rows in reversed(pending.items())}
+    found["counts"] = counts.wait()
+    found["in_flight_after"] = trace.in_flight()
     own = torch.tensor([1.0 + rank, 10.0], requires_grad=True)
     total = all_reduce_sum(own)
     found["sum"] = (total, own.detach(), total.requires_grad)
@@ -67,21 +69,28 @@ def results() -> list[dict[str, Any]]:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("split", SPLITS)
 def test_all_to_all(results: list[dict[str, Any]], split: str, dtype: str) -> None:
+    """Started all at once, and waited for in the opposite order."""
     sent = SPLITS[split]
     for rank in range(W):
-        received, gradient = results[rank][f"{split}-{dtype}"]
+        received = results[rank][f"{split}-{dtype}"]
         expected = [[r, rank, i] for r in range(W) for i in range(sent[r][rank])]
         assert received.dtype == DTYPES[dtype]
         assert received.shape == (len(expected), 3)
         assert received.tolist() == expected
-        if dtype != "int64":
-            assert gradient.dtype == DTYPES[dtype]
-            assert gradient.tolist() == [[s + 1.0] * 3 for s in range(W) for _ in range(sent[rank][s])]
 
 
-def test_exchange_counts(results: list[dict[str, Any]]) -> None:
+def test_counts(results: list[dict[str, Any]]) -> None:
     for rank in range(W):
-        assert results[rank]["counts"].tolist() == [[100 * r + 10 * rank, 7] for r in range(W)]
+        counts = results[rank]["counts"]
+        assert counts.sent == [[100 * rank + 10 * s, 7] for s in range(W)]
+        assert counts.received == [[100 * r + 10 * rank, 7] for r in range(W)]
+
+
+def test_what_is_under_way_is_on_record(results: list[dict[str, Any]]) -> None:
+    for rank in range(W):
+        expected = [("somewhere", f"{s} {dtype}", tuple(SPLITS[s][rank])) for s in SPLITS for dtype in DTYPES]
+        assert results[rank]["in_flight"] == [*expected, ("", "counts", (1,) * W)]
+        assert results[rank]["in_flight_after"] == ()
 
 
 def test_all_reduce_sum(results: list[dict[str, Any]]) -> None:

@@ -1,10 +1,12 @@
-"""The exchange against the double loop, and a layer with spread experts against the same layer whole.
+"""The exchange against the double loop, and a layer with spread experts against the same layer whole, with every option.
 
-Outputs and the gradients of inputs, combine weights, routers and experts, on every rank.
+Outputs and the gradients of inputs, combine weights, routers and experts, on every rank; and what travels.
 
 Legend: T tokens, D model, E experts, e local experts, W ranks, N assignments.
 """
 
+import functools
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -19,11 +21,26 @@ from torch import Tensor, nn
 
 from moe.experts import ExpertBank
 from moe.layer import MoELayer
-from moe.parallel import expert_parallel
-from moe.parallel.expert_parallel import ExpertParallelExchange
+from moe.parallel import trace
+from moe.parallel.exchange.config import ExchangeConfig
+from moe.parallel.exchange.expert_parallel import ExpertParallelExchange
+from moe.parallel.exchange.volume import Volume, count_bytes, exchange_bytes
 
 D, F = 6, 4
 SIZES = (2, 4)
+# Options by name; those with nodes are for 4 ranks. 3 and 5 chunks leave some without tokens.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "chunks": {"overlap_chunks": 3},
+    "plain": {"dedup": False},
+    "plain_chunks": {"dedup": False, "overlap_chunks": 2},
+    "nodes": {"hierarchical": 2},
+    "nodes_chunks": {"hierarchical": 2, "overlap_chunks": 5},
+}
+RUNS = [
+    (size, name) for size in SIZES for name, options in OPTIONS.items() if size == 4 or "hierarchical" not in options
+]
+NODE_SIZE = 2
 
 # ---- the exchange alone: any list of assignments ----
 
@@ -61,40 +78,26 @@ def case_of(assignments: Assignments, rank: int, dtype: torch.dtype = torch.floa
     return with_tensors(case, w_up_EHD=weights.w_up_EHD, w_down_EDF=weights.w_down_EDF)
 
 
-class SentRows:
-    """What goes through the collective of `expert_parallel`: (rows, row shape, rows per rank) of each forward call."""
-
-    def __init__(self) -> None:
-        self.calls: list[tuple[int, torch.Size, list[int]]] = []
-        self._all_to_all = expert_parallel.all_to_all
-        expert_parallel.all_to_all = self._record
-
-    def _record(self, rows: Tensor, send_W: list[int], receive_W: list[int], group: Any) -> Tensor:
-        self.calls.append((rows.shape[0], rows.shape[1:], list(send_W)))
-        return self._all_to_all(rows, send_W, receive_W, group)
-
-    def close(self) -> list[tuple[int, torch.Size, list[int]]]:
-        expert_parallel.all_to_all = self._all_to_all
-        return self.calls
-
-
-def exchange_case(case: Case, rank: int, world_size: int) -> dict[str, Any]:
+def exchange_case(case: Case, rank: int, world_size: int, config: ExchangeConfig) -> dict[str, Any]:
     num_local = NUM_EXPERTS // world_size
     mine = slice(rank * num_local, (rank + 1) * num_local)
     bank = ExpertBank(num_local, D, F, "swiglu")
     bank.gate_up_proj, bank.down_proj = nn.Parameter(case.w_up_EHD[mine]), nn.Parameter(case.w_down_EDF[mine])
     x_TD, weights_N = case.x_TD.clone().requires_grad_(), case.weights_N.clone().requires_grad_()
-    sent = SentRows()
-    y_TD = ExpertParallelExchange(dist.group.WORLD, rank, world_size)(x_TD, routing_of(case, weights_N), bank)
-    calls = sent.close()
-    y_TD.backward(case.dy_TD)
+    calls: list[trace.Collective] = []
+    exchange = ExpertParallelExchange(dist.group.WORLD, rank, world_size, config, "layer")
+    with trace.observe(calls.append), count_bytes(NODE_SIZE) as volume:
+        y_TD = exchange(x_TD, routing_of(case, weights_N), bank)
+        y_TD.backward(case.dy_TD)
+    assert trace.in_flight() == ()
     return {
         "y": y_TD.detach(),
         "dx": x_TD.grad,
         "dweights": weights_N.grad,
         "dw_up": bank.gate_up_proj.grad,
         "dw_down": bank.down_proj.grad,
-        "calls": calls,
+        "calls": [(call.name, call.peers, call.send, call.receive) for call in calls],
+        "volume": Volume(intra=dict(volume.intra), inter=dict(volume.inter)),
     }
 
 
@@ -121,7 +124,7 @@ def whole_layer(name: str) -> MoELayer:
     torch.manual_seed(3)
     layer = make_layer(D, num_experts=NUM_EXPERTS, expert_hidden=F, **LAYERS[name])
     with torch.no_grad():
-        layer.router.get_parameter("weight").normal_()  # noisy_topk starts at zero: all experts would tie
+        layer.router.get_parameter("weight").normal_(std=0.5)  # noisy_topk starts at zero: all experts would tie
         for bias_E in layer.router.buffers():
             bias_E.copy_(torch.randn(NUM_EXPERTS))
     return layer.train(name != "noisy_topk_in_eval")
@@ -142,11 +145,11 @@ def layer_results(layer: MoELayer, rank: int) -> dict[str, Any]:
     return {"y": y_TD.detach(), "x": x_TD.grad, "dropped": dropped, **gradients}
 
 
-def spread_layer(name: str, rank: int, world_size: int) -> dict[str, Any]:
+def spread_layer(name: str, rank: int, world_size: int, config: ExchangeConfig) -> dict[str, Any]:
     layer, num_local = whole_layer(name), NUM_EXPERTS // world_size
     for key, weight in list(layer.experts.named_parameters()):
         setattr(layer.experts, key, nn.Parameter(weight.detach()[rank * num_local : (rank + 1) * num_local].clone()))
-    layer.exchange = ExpertParallelExchange(dist.group.WORLD, rank, world_size)
+    layer.exchange = ExpertParallelExchange(dist.group.WORLD, rank, world_size, config)
     return layer_results(layer, rank)
 
 
@@ -155,17 +158,31 @@ def spread_layer(name: str, rank: int, world_size: int) -> dict[str, Any]:
 
 def all_on_one_rank(rank: int, world_size: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    for name, assignments in ASSIGNMENTS.items():
-        found[name] = exchange_case(case_of(assignments, rank), rank, world_size)
-    found["bf16"] = exchange_case(case_of(TWO_EACH, rank, torch.bfloat16), rank, world_size)
-    for name in LAYERS:
-        found[name] = spread_layer(name, rank, world_size)
+    for option in (name for size, name in RUNS if size == world_size):
+        config, one = ExchangeConfig(**OPTIONS[option]), {}
+        for name, assignments in ASSIGNMENTS.items():
+            one[name] = exchange_case(case_of(assignments, rank), rank, world_size, config)
+        one["bf16"] = exchange_case(case_of(TWO_EACH, rank, torch.bfloat16), rank, world_size, config)
+        for name in LAYERS:
+            one[name] = spread_layer(name, rank, world_size, config)
+        found[option] = one
     return found
 
 
-@pytest.fixture(scope="module", params=SIZES, ids=lambda size: f"{size}_ranks")
-def results(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
-    return run_ranks(all_on_one_rank, request.param, timeout=180)
+@functools.cache
+def results_of(world_size: int) -> list[dict[str, Any]]:
+    return run_ranks(all_on_one_rank, world_size, timeout=180)
+
+
+@pytest.fixture(scope="module", params=RUNS, ids=lambda run: f"{run[0]}_ranks-{run[1]}")
+def run(request: pytest.FixtureRequest) -> tuple[int, str]:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def results(run: tuple[int, str]) -> list[dict[str, Any]]:
+    world_size, option = run
+    return [of_rank[option] for of_rank in results_of(world_size)]
 
 
 def check_exchange(results: list[dict[str, Any]], name: str, assignments: Assignments, dtype: torch.dtype) -> None:
@@ -203,19 +220,55 @@ def test_another_result_fails(results: list[dict[str, Any]]) -> None:
 
 
 @pytest.mark.parametrize("name", ASSIGNMENTS)
-def test_each_token_travels_once_per_destination(results: list[dict[str, Any]], name: str) -> None:
-    world_size = len(results)
+@pytest.mark.parametrize("world_size", SIZES)
+def test_each_token_travels_once_per_destination(world_size: int, name: str) -> None:
+    results = [of_rank["default"] for of_rank in results_of(world_size)]
     num_local = NUM_EXPERTS // world_size
     pairs = [
         {(t, e // num_local) for t, experts in enumerate(ASSIGNMENTS[name][rank]) for e in experts}
         for rank in range(world_size)
     ]
     for rank in range(world_size):
-        calls = results[rank][name]["calls"]
-        to_W = [sum(1 for _, s in pairs[rank] if s == to) for to in range(world_size)]
-        from_W = [sum(1 for _, s in pairs[r] if s == rank) for r in range(world_size)]
-        wide = [(rows, send_W) for rows, shape, send_W in calls if shape == (D,)]
-        assert wide == [(len(pairs[rank]), to_W), (sum(from_W), from_W)]
+        to_W = tuple(sum(1 for _, s in pairs[rank] if s == to) for to in range(world_size))
+        from_W = tuple(sum(1 for _, s in pairs[r] if s == rank) for r in range(world_size))
+        rows = {call: (send, receive) for call, _, send, receive in results[rank][name]["calls"] if "rows" in call}
+        assert rows == {
+            "forward dispatch rows, hop 1": (to_W, from_W),
+            "forward combine rows, hop 1": (from_W, to_W),
+            "backward dispatch rows, hop 1": (to_W, from_W),
+            "backward combine rows, hop 1": (from_W, to_W),
+        }
+
+
+@pytest.mark.parametrize("name", ASSIGNMENTS)
+def test_bytes_are_those_of_the_routing(results: list[dict[str, Any]], run: tuple[int, str], name: str) -> None:
+    """What is counted at the collectives, added up over ranks, is what the routings say, on each link and of each kind."""
+    world_size, option = run
+    expected, counted = Volume(), Volume()
+    for rank in range(world_size):
+        case = case_of(ASSIGNMENTS[name], rank)
+        routing, config = routing_of(case, case.weights_N), ExchangeConfig(**OPTIONS[option])
+        if "hierarchical" not in OPTIONS[option]:
+            config = replace(config, hierarchical="off")
+        caused = exchange_bytes(routing, rank, world_size, D, torch.float32, config, node_size=NODE_SIZE)
+        for link in ("intra", "inter"):
+            for kind, number in getattr(caused, link).items():
+                getattr(expected, link)[kind] += number
+            for kind, number in getattr(results[rank][name]["volume"], link).items():
+                getattr(counted, link)[kind] += number
+    for link in ("intra", "inter"):
+        assert {k: v for k, v in getattr(counted, link).items() if v} == {
+            k: v for k, v in getattr(expected, link).items() if v
+        }
+
+
+def test_all_ranks_issue_the_same_collectives(results: list[dict[str, Any]]) -> None:
+    """In the same order, whatever the tokens: no rank can wait for one that another left out."""
+    expected = [call for call, *_ in results[0]["top_2_uneven_tokens"]["calls"]]
+    assert len(expected) >= 6
+    for name in ASSIGNMENTS:
+        for found in results:
+            assert [call for call, *_ in found[name]["calls"]] == expected, name
 
 
 @pytest.mark.parametrize("name", LAYERS)

@@ -10,11 +10,12 @@ token sits on the border between two experts.
 
 import functools
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
 from helpers.ranks import run_ranks
-from tiny_run import NUM_EXPERTS, Layout, Run, Trace, train_engine, train_plain
+from tiny_run import NUM_EXPERTS, Layout, Run, Trace, train_layout, train_plain
 
 TOLERANCE = 1e-5
 BF16_TOLERANCE = 5e-3  # of losses that change by some percent from step to step
@@ -23,6 +24,7 @@ MAIN = Run()
 SHORT = replace(MAIN, steps=6)
 RUNS = {
     "main": MAIN,
+    "short": SHORT,
     "grad_accum": replace(SHORT, grad_accum=2),
     "bias": replace(
         SHORT,
@@ -57,10 +59,10 @@ class Case:
 
 
 def cases(
-    run: str, world_size: int, ep_sizes: tuple[int, ...], zero_stages: tuple[int, ...] = (0, 1, 2, 3)
+    run: str, world_size: int, ep_sizes: tuple[int, ...], zero_stages: tuple[int, ...] = (0, 1, 2, 3), **more: Any
 ) -> list[Case]:
     return [
-        Case(run, Layout(world_size=world_size, ep_size=ep_size, zero_stage=stage))
+        Case(run, Layout(world_size=world_size, ep_size=ep_size, zero_stage=stage, **more))
         for ep_size in ep_sizes
         for stage in zero_stages
     ]
@@ -80,6 +82,12 @@ CASES = [
     *cases("gated_gelu", 2, (2,), (1, 3)),
     *cases("main", 4, (2, 4)),
     *cases("bias", 4, (2,), (1,)),
+    *cases("short", 2, (1, 2), sp_size=2),
+    *cases("checkpointing", 2, (2,), (1, 3), sp_size=2),
+    *cases("short", 4, (2, 4), (1, 3), sp_size=2),
+    *cases("short", 2, (1, 2), (1, 2, 3), offload="optimizer"),
+    *cases("short", 2, (1, 2), (3,), offload="optimizer param"),
+    *cases("checkpointing", 2, (2,), (3,), sp_size=2, offload="optimizer param"),
 ]
 BF16_CASES = cases("bf16", 2, (1, 2))
 SABOTAGE_CASES = [Case("main", Layout(world_size=2, ep_size=2, zero_stage=1), sabotage) for sabotage in SABOTAGES]
@@ -91,7 +99,7 @@ def train_all(rank: int, world_size: int, wanted: list[Case]) -> dict[Case, Trac
         run = RUNS[case.run]
         if case.sabotage is not None:
             run = replace(run, steps=2, sabotage=case.sabotage)
-        found[case] = train_engine(run, case.layout.ep_size, case.layout.zero_stage)
+        found[case] = train_layout(run, case.layout)
     return found
 
 
@@ -103,7 +111,7 @@ def traces_of(world_size: int) -> Traces | Exception:
     """All cases of a world size: the traces of their ranks; or why there are none, so that it is tried only once."""
     wanted = [case for case in CASES + BF16_CASES + SABOTAGE_CASES if case.layout.world_size == world_size]
     try:
-        by_rank = run_ranks(train_all, world_size, wanted)
+        by_rank = run_ranks(train_all, world_size, wanted, timeout=480)
     except Exception as problem:
         return problem
     return {case: [traces[case] for traces in by_rank] for case in wanted}

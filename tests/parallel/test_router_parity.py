@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from moe.layer import MoELayer
 from moe.parallel.engine import is_expert_parameter
-from moe.parallel.expert_parallel import ExpertParallelExchange
+from moe.parallel.exchange.expert_parallel import ExpertParallelExchange
 from moe.routers import ROUTERS
 from moe.routers.balance import BalanceConfig
 

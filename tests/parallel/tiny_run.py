@@ -17,6 +17,7 @@ from transformers import AutoConfig
 from moe.layer import moe_layers
 from moe.models import MoEConfig, MoEForCausalLM
 from moe.parallel.engine import Engine, is_expert_parameter
+from moe.parallel.sequence_parallel import SequenceParallel
 from moe.parallel.state import full_gradient
 
 VOCAB, B, L = 61, 8, 12
@@ -58,11 +59,19 @@ class Layout:
     world_size: int
     ep_size: int
     zero_stage: int
+    sp_size: int = 1
+    offload: str = ""
 
     @property
     def name(self) -> str:
         """For test ids."""
-        return f"{self.world_size}_ranks-ep_{self.ep_size}-zero_{self.zero_stage}"
+        extra = (f"-sp_{self.sp_size}" if self.sp_size > 1 else "") + (f"-{self.offload}" if self.offload else "")
+        return f"{self.world_size}_ranks-ep_{self.ep_size}-zero_{self.zero_stage}{extra}"
+
+    @property
+    def zero_optimization(self) -> dict[str, Any]:
+        """DeepSpeed's section."""
+        return {"stage": self.zero_stage} | {f"offload_{what}": {"device": "cpu"} for what in self.offload.split()}
 
 
 @dataclass
@@ -178,27 +187,46 @@ def biases(model: nn.Module) -> dict[str, Tensor]:
     return {name: buffer.clone() for name, buffer in model.named_buffers() if name.endswith("bias_E")}
 
 
-def make_engine(run: Run, ep_size: int, zero_stage: int, model: MoEForCausalLM | None = None) -> Engine:
+def make_engine(
+    run: Run,
+    ep_size: int,
+    zero_stage: int,
+    model: MoEForCausalLM | None = None,
+    zero_optimization: dict[str, Any] | None = None,
+) -> Engine:
     """As the trainer makes it."""
     model = model or build_model(run)
     config = {
         "train_micro_batch_size_per_gpu": B // dist.get_world_size(),
         "gradient_accumulation_steps": run.grad_accum,
         "gradient_clipping": run.clip,
-        "zero_optimization": {"stage": zero_stage},
+        "zero_optimization": zero_optimization or {"stage": zero_stage},
         "bf16": {"enabled": run.bf16},
         "steps_per_print": 2**31,
     }
     return Engine(model, param_groups(model), torch.optim.AdamW, optimizer_options(run), config, ep_size)
 
 
-def train_step(run: Run, engine: Engine, step: int, trace: Trace) -> None:
+def pieces(batch: dict[str, Tensor], sequences: SequenceParallel) -> dict[str, Tensor]:
+    """This rank's part of a micro-batch that it shares with others."""
+    num_items = batch["num_items_in_batch"] / sequences.size
+    batch = {**batch, "position_ids": torch.arange(L).expand_as(batch["input_ids"])}
+    found = {name: sequences.piece(tensor) for name, tensor in batch.items() if tensor.dim() == 2}
+    return {**found, "num_items_in_batch": num_items}
+
+
+def train_step(run: Run, engine: Engine, step: int, trace: Trace, sequences: SequenceParallel | None = None) -> None:
     """One step as in the trainer, noted in ``trace``."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     for group in engine.optimizer.param_groups:
         group["lr"] = learning_rate(run, step)
     loss_sum = torch.zeros(())
-    for index, batch in enumerate(micro_batches(run, step, rank, world_size)):
+    if sequences is None:
+        batches = micro_batches(run, step, rank, world_size)
+    else:
+        whole = micro_batches(run, step, sequences.data_rank, sequences.data_size)
+        batches = [pieces(batch, sequences) for batch in whole]
+    for index, batch in enumerate(batches):
         loss = engine.module(**batch).loss
         engine.backward(loss)
         if step < 2 and index == run.grad_accum - 1:
@@ -212,13 +240,17 @@ def train_step(run: Run, engine: Engine, step: int, trace: Trace) -> None:
         layer.finish_step()
 
 
-def train_engine(run: Run, ep_size: int, zero_stage: int) -> Trace:
+def train_layout(run: Run, layout: Layout) -> Trace:
     """The same through the engine, on every rank of the process group."""
-    engine, trace = make_engine(run, ep_size, zero_stage), Trace()
+    ep_size = layout.ep_size
+    engine = make_engine(run, ep_size, layout.zero_stage, zero_optimization=layout.zero_optimization)
+    trace, sequences = Trace(), SequenceParallel(layout.sp_size)
+    sequences.install(engine.model)
     if run.sabotage is not None:
         _sabotage(run.sabotage, engine.model)
     for step in range(run.steps):
-        train_step(run, engine, step, trace)
+        train_step(run, engine, step, trace, sequences)
+    sequences.remove()
     trace.biases = biases(engine.model)
     local = NUM_EXPERTS // ep_size
     first = dist.get_rank() % ep_size * local

@@ -1,0 +1,1 @@
+"""The exchange of tokens between ranks that each hold some experts of a layer."""
