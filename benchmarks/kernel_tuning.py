@@ -73,8 +73,8 @@ def calls(rows: str, device: torch.device) -> dict[str, Callable[[], object]]:
     w_up_EHD, w_down_EDF = normal(NUM_EXPERTS, 2 * HIDDEN, DIM), normal(NUM_EXPERTS, DIM, HIDDEN)
     h_NH, a_NF, weights_N = normal(num_rows, 2 * HIDDEN), normal(num_rows, HIDDEN), torch.rand(num_rows, device=device)
 
-    def launcher() -> triton_ops._Launcher:
-        return triton_ops._Launcher(x_TD, plan, w_down_EDF, "swiglu")
+    def launcher() -> triton_ops.GemmLauncher:
+        return triton_ops.GemmLauncher(x_TD, plan, w_down_EDF, "swiglu")
 
     return {
         "up": lambda: launcher().up(w_up_EHD, True),

@@ -19,63 +19,7 @@ Legend: T tokens, D model, F expert FFN, H = 2F (SwiGLU) or F (GELU), E experts,
 import triton
 import triton.language as tl
 
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-
-
-@triton.jit
-def _place(tile, num_m, num_n, GROUP_M: tl.constexpr):
-    """Row and column tile of the n-th unit of work: GROUP_M row tiles share the columns' weights in the L2 cache."""
-    in_group = GROUP_M * num_n
-    first = tile // in_group * GROUP_M
-    rows = min(num_m - first, GROUP_M)
-    within = tile % in_group
-    return first + within % rows, within // rows
-
-
-@triton.jit
-def _dot(a, b, acc, PRECISION: tl.constexpr):
-    if INTERPRETED:  # Triton 3.9's interpreter keeps bf16 as its 16-bit pattern and would multiply that
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision=PRECISION)
-
-
-@triton.jit
-def _silu(x):
-    return x * tl.sigmoid(x)
-
-
-@triton.jit
-def _gelu(x):
-    return 0.5 * x * (1 + tl.erf(x * 0.7071067811865476))
-
-
-@triton.jit
-def _halves(tile):
-    """Left and right half of a tile's columns."""
-    rows: tl.constexpr = tile.shape[0]
-    cols: tl.constexpr = tile.shape[1]
-    return tl.split(tl.permute(tl.reshape(tile, (rows, 2, cols // 2)), (0, 2, 1)))
-
-
-@triton.jit
-def _up_half(
-    gate, up, h_ptr, a_ptr, row, inside, col, F, GATED: tl.constexpr, SAVE_H: tl.constexpr, SAVE_A: tl.constexpr
-):  # fmt: skip
-    """Epilogue of `up_kernel` on some columns."""
-    out = inside[:, None] & (col < F)[None, :]
-    height = 2 * F if GATED else F
-    h_at = h_ptr + row[:, None].to(tl.int64) * height + col[None, :]
-    if SAVE_H:
-        tl.store(h_at, gate.to(h_ptr.dtype.element_ty), mask=out)
-    if GATED:
-        if SAVE_H:
-            tl.store(h_at + F, up.to(h_ptr.dtype.element_ty), mask=out)
-        a = _silu(gate) * up
-    else:
-        a = _gelu(gate)
-    if SAVE_A:
-        a_at = a_ptr + row[:, None].to(tl.int64) * F + col[None, :]
-        tl.store(a_at, a.to(a_ptr.dtype.element_ty), mask=out)
+from moe.kernels.triton_tiles import dot, gelu, halves, place, store_up
 
 
 @triton.jit
@@ -91,7 +35,7 @@ def up_kernel(
     height = 2 * F if GATED else F
     k_range = tl.arange(0, BLOCK_K)
     for tile in range(tl.program_id(0), num_m * num_n, tl.num_programs(0)):
-        m, n = _place(tile, num_m, num_n, GROUP_M)
+        m, n = place(tile, num_m, num_n, GROUP_M)
         expert, start = tl.load(experts_ptr + m), tl.load(starts_ptr + m)
         stop = tl.load(offsets_ptr + expert + 1)
         row = start + tl.arange(0, BLOCK_M)
@@ -108,20 +52,20 @@ def up_kernel(
                 w = w_desc.load([expert * height + n * BLOCK_N, k]).T
             else:
                 w = tl.load(w_at + at[:, None], mask=at[:, None] < D, other=0.0)
-            gate = _dot(x, w, gate, PRECISION)
+            gate = dot(x, w, gate, PRECISION)
             if GATED:
                 if TMA:
                     w_up = w_desc.load([expert * height + F + n * BLOCK_N, k]).T
                 else:
                     w_up = tl.load(w_at + F * D + at[:, None], mask=at[:, None] < D, other=0.0)
-                up = _dot(x, w_up, up, PRECISION)
+                up = dot(x, w_up, up, PRECISION)
         # In halves: two whole accumulators and the activation would not fit the registers.
-        gate_0, gate_1 = _halves(gate)
-        up_0, up_1 = _halves(up)
+        gate_0, gate_1 = halves(gate)
+        up_0, up_1 = halves(up)
         half = n * BLOCK_N + tl.arange(0, BLOCK_N // 2)
-        _up_half(gate_0, up_0, h_ptr, a_ptr, row, row < stop, half, F, GATED, SAVE_H, SAVE_A)
+        store_up(gate_0, up_0, h_ptr, a_ptr, row, row < stop, half, F, GATED, SAVE_H, SAVE_A)
         half += BLOCK_N // 2
-        _up_half(gate_1, up_1, h_ptr, a_ptr, row, row < stop, half, F, GATED, SAVE_H, SAVE_A)
+        store_up(gate_1, up_1, h_ptr, a_ptr, row, row < stop, half, F, GATED, SAVE_H, SAVE_A)
 
 
 @triton.jit
@@ -136,7 +80,7 @@ def rows_kernel(
     num_n = tl.cdiv(C, BLOCK_N)
     k_range = tl.arange(0, BLOCK_K)
     for tile in range(tl.program_id(0), num_m * num_n, tl.num_programs(0)):
-        m, n = _place(tile, num_m, num_n, GROUP_M)
+        m, n = place(tile, num_m, num_n, GROUP_M)
         expert, start = tl.load(experts_ptr + m), tl.load(starts_ptr + m)
         stop = tl.load(offsets_ptr + expert + 1)
         row = start + tl.arange(0, BLOCK_M)
@@ -154,7 +98,7 @@ def rows_kernel(
                 w = w_desc.load([expert * K + k, n * BLOCK_N])
             else:
                 w = tl.load(w_at + (at * stride_wk)[:, None], mask=at[:, None] < K, other=0.0)
-            acc = _dot(a, w, acc, PRECISION)
+            acc = dot(a, w, acc, PRECISION)
         out = (row < stop)[:, None] & (col < C)[None, :]
         out_at = out_ptr + row[:, None].to(tl.int64) * C + col[None, :]
         tl.store(out_at, acc.to(out_ptr.dtype.element_ty), mask=out)
@@ -179,7 +123,7 @@ def _activation_half(da, h_ptr, dh_ptr, a_ptr, weight, row, inside, col, F, GATE
         tl.store(dh_ptr + h_at + F, (weighted * silu).to(dh_ptr.dtype.element_ty), mask=out)
     else:
         h = tl.load(h_ptr + h_at, mask=out, other=0.0).to(tl.float32)
-        a = _gelu(h)
+        a = gelu(h)
         cdf = 0.5 * (1 + tl.erf(h * 0.7071067811865476))
         density = 0.3989422804014327 * tl.exp(-0.5 * h * h)
         tl.store(dh_ptr + h_at, (weight * da * (cdf + h * density)).to(dh_ptr.dtype.element_ty), mask=out)
@@ -205,7 +149,7 @@ def activation_kernel(
     num_n = tl.cdiv(F, BLOCK_N)
     k_range = tl.arange(0, BLOCK_K)
     for tile in range(tl.program_id(0), num_m * num_n, tl.num_programs(0)):
-        m, n = _place(tile, num_m, num_n, GROUP_M)
+        m, n = place(tile, num_m, num_n, GROUP_M)
         expert, start = tl.load(experts_ptr + m), tl.load(starts_ptr + m)
         stop = tl.load(offsets_ptr + expert + 1)
         row = start + tl.arange(0, BLOCK_M)
@@ -221,11 +165,11 @@ def activation_kernel(
                 w = w_desc.load([expert * D + k, n * BLOCK_N])
             else:
                 w = tl.load(w_at + (at * F)[:, None], mask=at[:, None] < D, other=0.0)
-            da = _dot(dy, w, da, PRECISION)
+            da = dot(dy, w, da, PRECISION)
         inside = row < stop
         weight = tl.load(weights_ptr + row, mask=inside, other=0.0)
         # In halves: the whole tile with its gate, up-projection and results would not fit the registers.
-        da_0, da_1 = _halves(da)
+        da_0, da_1 = halves(da)
         half = n * BLOCK_N + tl.arange(0, BLOCK_N // 2)
         dweight = _activation_half(da_0, h_ptr, dh_ptr, a_ptr, weight, row, inside, half, F, GATED)
         dweight += _activation_half(da_1, h_ptr, dh_ptr, a_ptr, weight, row, inside, half + BLOCK_N // 2, F, GATED)
@@ -247,7 +191,7 @@ def weight_kernel(
     k_range = tl.arange(0, BLOCK_K)
     for tile in range(tl.program_id(0), E * num_m * num_n, tl.num_programs(0)):
         expert = tile // (num_m * num_n)
-        m, n = _place(tile % (num_m * num_n), num_m, num_n, GROUP_M)
+        m, n = place(tile % (num_m * num_n), num_m, num_n, GROUP_M)
         start, stop = tl.load(offsets_ptr + expert), tl.load(offsets_ptr + expert + 1)
         p, q = m * BLOCK_M + tl.arange(0, BLOCK_M), n * BLOCK_N + tl.arange(0, BLOCK_N)
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -263,7 +207,7 @@ def weight_kernel(
             right_at = right_ptr + right_row[:, None] * stride_right + (q % Q)[None, :]
             left = tl.load(left_at, mask=inside[None, :], other=0.0)
             right = tl.load(right_at, mask=inside[:, None], other=0.0)
-            acc = _dot(left, right, acc, PRECISION)
+            acc = dot(left, right, acc, PRECISION)
         out_at = out_ptr + expert.to(tl.int64) * P * Q + p[:, None].to(tl.int64) * Q + q[None, :]
         out = (p < P)[:, None] & (q < Q)[None, :]
         if ACCUMULATE:

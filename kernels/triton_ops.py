@@ -6,7 +6,6 @@ a combine weight is <dA, A>, so the experts' output (N, D) is neither kept nor r
 Legend: T tokens, D model, F expert FFN, H = 2F (SwiGLU) or F (GELU), E experts, N assignments.
 """
 
-import contextlib
 from collections.abc import Callable
 
 import torch
@@ -15,28 +14,12 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moe.kernels import triton_gemm as gemm
-from moe.kernels.triton_plan import Plan, Tiles, make_plan, make_tiles
+from moe.kernels.triton_launch import Launcher, combine, make_grid, precision, run_forward
+from moe.kernels.triton_plan import Plan, make_plan
 from moe.kernels.triton_tuning import Blocks, blocks_for
 from moe.types import DEFAULT_FFN, FFNOptions, Routing
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-def _device(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
-    """Triton launches on the current device, which need not be the tensor's."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
-
-
-def _precision(dtype: torch.dtype) -> str:
-    """Of fp32 products: as torch's own matmul does them."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
-
-
-def _grid(num_units: int, blocks: Blocks, tensor: Tensor) -> tuple[int]:
-    if blocks.per_sm and tensor.is_cuda:
-        processors = torch.cuda.get_device_properties(tensor.device).multi_processor_count
-        num_units = min(num_units, blocks.per_sm * processors)
-    return (max(num_units, 1),)
 
 
 def _descriptor(weight_EPQ: Tensor, block: list[int], blocks: Blocks) -> TensorDescriptor | None:
@@ -49,47 +32,36 @@ def _descriptor(weight_EPQ: Tensor, block: list[int], blocks: Blocks) -> TensorD
     return TensorDescriptor.from_tensor(weight_EPQ.flatten(0, 1), block) if aligned else None
 
 
-class _Launcher:
-    """What the kernels of one call share: shapes, dtype, the plan, and the tiles made so far by number of rows."""
+class GemmLauncher(Launcher):
+    """The products and their gradients, with weights in the dtype of x."""
 
     def __init__(self, x_TD: Tensor, plan: Plan, w_down_EDF: Tensor, activation: str) -> None:
-        self.plan, self.x_TD, self.gated = plan, x_TD, activation == "swiglu"
-        self.num_experts, self.dim, self.width = w_down_EDF.shape
+        num_experts, self.dim, self.width = w_down_EDF.shape
+        super().__init__(x_TD, plan, num_experts, activation)
         self.height = (2 if self.gated else 1) * self.width
-        self.num_rows = plan.order_N.numel()
-        self._tiles: dict[int, Tiles] = {}
 
-    def blocks(self, kernel: str) -> Blocks:
+    def _blocks(self, kernel: str) -> Blocks:
         return blocks_for(kernel, self.num_rows, self.num_experts, self.x_TD.dtype)
-
-    def _tiled(self, blocks: Blocks) -> Tiles:
-        if blocks.m not in self._tiles:
-            self._tiles[blocks.m] = make_tiles(self.plan, blocks.m)
-        return self._tiles[blocks.m]
-
-    def _walk(self, blocks: Blocks, columns: int) -> tuple[tuple[int], Tiles]:
-        tiles = self._tiled(blocks)
-        return _grid(tiles.experts_M.numel() * triton.cdiv(columns, blocks.n), blocks, self.x_TD), tiles
 
     def up(self, w_up_EHD: Tensor, save_h: bool, save_a: bool = True) -> tuple[Tensor, Tensor]:
         """Pre-activation (N, H) and activation (N, F); one that is not wanted is empty."""
-        blocks, x_TD = self.blocks("up"), self.x_TD
-        grid, tiles = self._walk(blocks, self.width)
+        blocks, x_TD = self._blocks("up"), self.x_TD
+        grid, tiles = self.walk(blocks, self.width)
         h_NH = x_TD.new_empty(self.num_rows if save_h else 0, self.height)
         a_NF = x_TD.new_empty(self.num_rows if save_a else 0, self.width)
         descriptor = _descriptor(w_up_EHD, [blocks.n, blocks.k], blocks)
         gemm.up_kernel[grid](
             x_TD, w_up_EHD, descriptor or w_up_EHD, h_NH, a_NF, self.plan.token_ids_N, self.plan.offsets_E1,
             tiles.experts_M, tiles.starts_M, tiles.total_1, self.dim, self.width, x_TD.stride(0),
-            GATED=self.gated, SAVE_H=save_h, SAVE_A=save_a, PRECISION=_precision(x_TD.dtype),
+            GATED=self.gated, SAVE_H=save_h, SAVE_A=save_a, PRECISION=precision(x_TD.dtype),
             TMA=descriptor is not None, **blocks.meta(),
         )  # fmt: skip
         return h_NH, a_NF
 
     def rows(self, rows_NK: Tensor, weight_EKC: Tensor) -> Tensor:
         """Rows times their expert's (K, C) matrix: (N, C). The matrix may be a transposed view."""
-        blocks, (_, depth, columns) = self.blocks("rows"), weight_EKC.shape
-        grid, tiles = self._walk(blocks, columns)
+        blocks, (_, depth, columns) = self._blocks("rows"), weight_EKC.shape
+        grid, tiles = self.walk(blocks, columns)
         out_NC = rows_NK.new_empty(self.num_rows, columns)
         tma, descriptor = "", None
         if not weight_EKC.is_contiguous():
@@ -102,14 +74,14 @@ class _Launcher:
             rows_NK, weight_EKC, descriptor or weight_EKC, out_NC, self.plan.offsets_E1,
             tiles.experts_M, tiles.starts_M, tiles.total_1,
             columns, depth, weight_EKC.stride(0), weight_EKC.stride(2), weight_EKC.stride(1),
-            PRECISION=_precision(rows_NK.dtype), TMA=tma if descriptor is not None else "", **blocks.meta(),
+            PRECISION=precision(rows_NK.dtype), TMA=tma if descriptor is not None else "", **blocks.meta(),
         )  # fmt: skip
         return out_NC
 
     def activation(self, dy_TD: Tensor, w_down_EDF: Tensor, h_NH: Tensor, weights_N: Tensor) -> list[Tensor]:
         """dh (N, H), weight * a (N, F) and d(weight) (N,) fp32, in sorted order."""
-        blocks = self.blocks("activation")
-        grid, tiles = self._walk(blocks, self.width)
+        blocks = self._blocks("activation")
+        grid, tiles = self.walk(blocks, self.width)
         dh_NH, a_NF = torch.empty_like(h_NH), h_NH.new_empty(self.num_rows, self.width)
         num_parts = triton.cdiv(self.width, blocks.n)
         dweights = torch.empty(num_parts, self.num_rows, dtype=torch.float32, device=h_NH.device)
@@ -118,7 +90,7 @@ class _Launcher:
             dy_TD, w_down_EDF, descriptor or w_down_EDF,
             h_NH, weights_N, dh_NH, a_NF, dweights, self.plan.token_ids_N, self.plan.offsets_E1,
             tiles.experts_M, tiles.starts_M, tiles.total_1, self.num_rows, self.dim, self.width, dy_TD.stride(0),
-            GATED=self.gated, PRECISION=_precision(h_NH.dtype), TMA=descriptor is not None, **blocks.meta(),
+            GATED=self.gated, PRECISION=precision(h_NH.dtype), TMA=descriptor is not None, **blocks.meta(),
         )  # fmt: skip
         return [dh_NH, a_NF, dweights.sum(0)]
 
@@ -129,39 +101,16 @@ class _Launcher:
 
         With a ``main_grad`` it is added to that, and the result is empty.
         """
-        blocks, rows, columns = self.blocks("weight"), left.shape[1], right.shape[1]
+        blocks, rows, columns = self._blocks("weight"), left.shape[1], right.shape[1]
         out_EPQ = left.new_empty(self.num_experts, rows, columns) if main_grad is None else main_grad
         units = self.num_experts * triton.cdiv(rows, blocks.m) * triton.cdiv(columns, blocks.n)
-        gemm.weight_kernel[_grid(units, blocks, left)](
+        gemm.weight_kernel[make_grid(units, blocks, left)](
             left, right, out_EPQ, self.plan.token_ids_N, self.plan.offsets_E1,
             self.num_experts, rows, columns, left.stride(0), right.stride(0),
             GATHER_LEFT=gather_left, GATHER_RIGHT=gather_right, ACCUMULATE=main_grad is not None,
-            PRECISION=_precision(left.dtype), **blocks.meta(),
+            PRECISION=precision(left.dtype), **blocks.meta(),
         )  # fmt: skip
         return out_EPQ if main_grad is None else left.new_empty(0)
-
-
-def _combine(
-    rows_ND: Tensor, weights_N: Tensor | None, bags_N: Tensor, bag_offsets: Tensor, num_tokens: int, top_k: int
-) -> Tensor:
-    """Sum of each token's rows, (T, D)."""
-    dim = rows_ND.shape[1]
-    out_TD = rows_ND.new_empty(num_tokens, dim)
-    block = min(triton.next_power_of_2(dim), 2048)
-    if num_tokens:
-        gemm.combine_kernel[(num_tokens, triton.cdiv(dim, block))](
-            rows_ND, weights_N, bags_N, bag_offsets, out_TD, dim,
-            TOP_K=top_k, WEIGHTED=weights_N is not None, BLOCK_D=block, num_warps=4 if block <= 1024 else 8,
-        )  # fmt: skip
-    return out_TD
-
-
-def _bags(token_ids_N: Tensor, position_N: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
-    """Sorted positions grouped by token, and where each token's begin (T + 1), for routings of varying K."""
-    bags_N = position_N[token_ids_N.argsort(stable=True)]
-    sizes_T = token_ids_N.new_zeros(num_tokens).scatter_add_(0, token_ids_N, torch.ones_like(token_ids_N))
-    ends_T = sizes_T.cumsum(0).to(torch.int32)
-    return bags_N, torch.cat([ends_T.new_zeros(1), ends_T])
 
 
 @torch.library.custom_op("moe::expert_ffn", mutates_args=())
@@ -169,32 +118,22 @@ def _forward(
     x_TD: Tensor, weights_N: Tensor, w_up_EHD: Tensor, w_down_EDF: Tensor, expert_ids_N: Tensor, token_ids_N: Tensor,
     top_k: int, activation: str, save: bool, main_grads: list[Tensor],
 ) -> list[Tensor]:  # fmt: skip
-    """y (T, D), then what backward needs: h, order, position, tokens, offsets, bags, bag offsets, sorted weights.
-
-    ``top_k`` is 0 where it varies from token to token; bags are empty where it does not. Without ``save``, h is empty, and
-    backward makes it. ``main_grads`` is for backward too: none, or both.
-    """
-    num_tokens = x_TD.shape[0]
-    with _device(x_TD):
+    """What `run_forward` returns. Without ``save``, h is empty and backward makes it; ``main_grads`` (none, or both) are for backward."""
+    with torch.cuda.device_of(x_TD):
         plan = make_plan(expert_ids_N, token_ids_N, w_up_EHD.shape[0])
-        launcher = _Launcher(x_TD, plan, w_down_EDF, activation)
-        sorted_weights_N = weights_N[plan.order_N]
-        bags_N, bag_offsets = plan.position_N.new_empty(0), plan.position_N.new_empty(0)
-        if not top_k:
-            bags_N, bag_offsets = _bags(token_ids_N, plan.position_N, num_tokens)
-        h_NH, a_NF = launcher.up(w_up_EHD, save)
-        y_ND = launcher.rows(a_NF, w_down_EDF.transpose(1, 2))
-        used_N = plan.position_N if top_k else bags_N
-        y_TD = _combine(y_ND, sorted_weights_N, used_N, bag_offsets, num_tokens, top_k)
-    indices = [plan.order_N, plan.position_N, plan.token_ids_N, plan.offsets_E1]
-    return [y_TD, h_NH, *indices, bags_N, bag_offsets, sorted_weights_N]
+        launcher = GemmLauncher(x_TD, plan, w_down_EDF, activation)
+        return run_forward(
+            plan, token_ids_N, weights_N, x_TD.shape[0], top_k,
+            lambda: launcher.up(w_up_EHD, save), lambda a_NF: launcher.rows(a_NF, w_down_EDF.transpose(1, 2)),
+        )  # fmt: skip
 
 
 @_forward.register_fake
-def _(
+def empty_outputs(
     x_TD: Tensor, weights_N: Tensor, w_up_EHD: Tensor, w_down_EDF: Tensor, expert_ids_N: Tensor, token_ids_N: Tensor,
     top_k: int, activation: str, save: bool, main_grads: list[Tensor],
 ) -> list[Tensor]:  # fmt: skip
+    """What the op returns, without its contents."""
     num_rows, (num_experts, height) = expert_ids_N.shape[0], w_up_EHD.shape[:2]
 
     def ints(size: int) -> Tensor:
@@ -215,14 +154,14 @@ def _gradients(
     plan = Plan(order_N=order_N, position_N=position_N, token_ids_N=tokens_N, offsets_E1=offsets_E1)
     dx_TD, dw_up_EHD, dw_down_EDF = x_TD.new_empty(0), x_TD.new_empty(0), x_TD.new_empty(0)
     main_up, main_down = main_grads or (None, None)
-    with _device(x_TD):
-        launcher = _Launcher(x_TD, plan, w_down_EDF, activation)
+    with torch.cuda.device_of(x_TD):
+        launcher = GemmLauncher(x_TD, plan, w_down_EDF, activation)
         if not h_NH.numel():
             h_NH, _ = launcher.up(w_up_EHD, True, False)
         dh_NH, a_NF, dweights_N = launcher.activation(dy_TD, w_down_EDF, h_NH, weights_N)
         if needs[0]:
             dx_ND = launcher.rows(dh_NH, w_up_EHD)
-            dx_TD = _combine(dx_ND, None, position_N if top_k else bags_N, bag_offsets, x_TD.shape[0], top_k)
+            dx_TD = combine(dx_ND, None, position_N if top_k else bags_N, bag_offsets, x_TD.shape[0], top_k)
         if needs[1]:
             dw_up_EHD = launcher.weight(dh_NH, x_TD, False, True, main_up)
         if needs[2]:
@@ -290,7 +229,12 @@ def _autograd(ctx, gradients):  # type: ignore[no-untyped-def]
     return *found, None, None, None, None, None, [None] * len(ctx.main_grads)
 
 
-torch.library.register_autograd("moe::expert_ffn", _autograd, setup_context=_setup_context)
+def register_backward(op: str) -> None:
+    """The backward of "moe::expert_ffn" for an op that takes and returns the same."""
+    torch.library.register_autograd(op, _autograd, setup_context=_setup_context)
+
+
+register_backward("moe::expert_ffn")
 
 
 def problem(device_type: str, dtype: torch.dtype) -> str | None:
@@ -321,6 +265,12 @@ def call(
     leaves = (x_TD.contiguous(), weights_N, w_up_EHD.contiguous(), w_down_EDF.contiguous())
     save = torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves) and not options.recompute
     main_grads = list(options.main_grads or ())
+    for buffer, weight in zip(main_grads, leaves[2:], strict=False):
+        if buffer.shape != weight.shape or not buffer.is_contiguous():
+            raise ValueError(
+                f"a main_grad is {tuple(buffer.shape)} with strides {buffer.stride()}; "
+                f"the kernels need a contiguous {tuple(weight.shape)}"
+            )
     choices = (routing.expert_ids_N, routing.token_ids_N, routing.top_k or 0)
     return op(*leaves, *choices, activation, save, main_grads)[0]
 

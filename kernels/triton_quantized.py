@@ -22,7 +22,7 @@ Legend: T tokens, D model, F expert FFN, E experts, N sorted rows, M row tiles, 
 import triton
 import triton.language as tl
 
-from moe.kernels.triton_gemm import INTERPRETED, _dot, _halves, _place, _up_half
+from moe.kernels.triton_tiles import INTERPRETED, dot, halves, place, store_up
 
 
 @triton.jit
@@ -94,11 +94,11 @@ def _step(
     """acc (rows of w, rows of x) plus the products of BLOCK_K columns from k on."""
     if BITS:
         w = _integers(w_ptr, scale_ptr, zero_ptr, row, k, words, groups, BITS, GROUP, ASYMMETRIC, BLOCK_K)
-        acc = _dot(w.to(x.dtype), x, acc, PRECISION)
+        acc = dot(w.to(x.dtype), x, acc, PRECISION)
     else:
         at = k + tl.arange(0, BLOCK_K)
         w = tl.load(w_ptr + row[:, None] * words + at[None, :], mask=at[None, :] < words, other=0.0)
-        part = _dot(w, x, tl.zeros_like(acc), PRECISION)
+        part = dot(w, x, tl.zeros_like(acc), PRECISION)
         if GROUP:  # a block of GROUP x GROUP; BLOCK_K divides GROUP
             part *= tl.load(scale_ptr + row // GROUP * groups + k // GROUP).to(tl.float32)[:, None]
         acc += part
@@ -129,7 +129,7 @@ def up_kernel(
     num_n = tl.cdiv(F, BLOCK_N)
     k_range = tl.arange(0, BLOCK_K)
     for tile in range(tl.program_id(0), num_m * num_n, tl.num_programs(0)):
-        m, n = _place(tile, num_m, num_n, GROUP_M)
+        m, n = place(tile, num_m, num_n, GROUP_M)
         expert, start = tl.load(experts_ptr + m).to(tl.int64), tl.load(starts_ptr + m)
         stop = tl.load(offsets_ptr + expert + 1)
         row = start + tl.arange(0, BLOCK_M)
@@ -157,11 +157,11 @@ def up_kernel(
         if GATED:
             up = _scaled(up, scale_at, x_scale_ptr, F + w_row, token, BITS, GROUP)
         # In halves: two whole accumulators and the activation would not fit the registers.
-        gate_0, gate_1 = _halves(gate.T)
-        up_0, up_1 = _halves(up.T)
+        gate_0, gate_1 = halves(gate.T)
+        up_0, up_1 = halves(up.T)
         half = n * BLOCK_N + tl.arange(0, BLOCK_N // 2)
-        _up_half(gate_0, up_0, h_ptr, a_ptr, row, row < stop, half, F, GATED, SAVE_H, True)
-        _up_half(gate_1, up_1, h_ptr, a_ptr, row, row < stop, half + BLOCK_N // 2, F, GATED, SAVE_H, True)
+        store_up(gate_0, up_0, h_ptr, a_ptr, row, row < stop, half, F, GATED, SAVE_H, True)
+        store_up(gate_1, up_1, h_ptr, a_ptr, row, row < stop, half + BLOCK_N // 2, F, GATED, SAVE_H, True)
 
 
 @triton.jit
@@ -176,7 +176,7 @@ def rows_kernel(
     num_n = tl.cdiv(C, BLOCK_N)
     k_range = tl.arange(0, BLOCK_K)
     for tile in range(tl.program_id(0), num_m * num_n, tl.num_programs(0)):
-        m, n = _place(tile, num_m, num_n, GROUP_M)
+        m, n = place(tile, num_m, num_n, GROUP_M)
         expert, start = tl.load(experts_ptr + m).to(tl.int64), tl.load(starts_ptr + m)
         stop = tl.load(offsets_ptr + expert + 1)
         row = start + tl.arange(0, BLOCK_M)

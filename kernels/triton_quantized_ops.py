@@ -14,8 +14,9 @@ from torch import Tensor
 from moe.kernels import triton_ops
 from moe.kernels import triton_quantized as gemm
 from moe.kernels.quantized import FP8, NUM_BITS, QuantizedWeight
-from moe.kernels.triton_plan import Plan, Tiles, make_plan, make_tiles
-from moe.kernels.triton_tuning import Blocks
+from moe.kernels.triton_launch import Launcher, precision, run_forward
+from moe.kernels.triton_plan import Plan, make_plan
+from moe.kernels.triton_tuning import Blocks, rows_class
 from moe.types import DEFAULT_FFN, FFNOptions, Routing
 
 _WHOLE_ROW = 2**30  # a power of two no row is longer than: the group size where a row has one scale
@@ -42,9 +43,8 @@ _FULL = {key: Blocks(m=16, n=32, k=32, warps=4, stages=2) for key in _INTEGER}
 
 def blocks_for(kernel: str, scheme: str, num_rows: int, num_experts: int, dtype: torch.dtype) -> Blocks:
     """Block sizes of ``kernel`` ("up", "rows"), by rows per expert as in `triton_tuning.blocks_for`."""
-    mean = num_rows / max(num_experts, 1)
-    rows = "many" if mean >= 96 else "some" if mean >= 32 else "few"
-    return (_FP8 if scheme == "fp8" else _INTEGER if dtype.itemsize <= 2 else _FULL)[kernel, rows]
+    table = _FP8 if scheme == "fp8" else _INTEGER if dtype.itemsize <= 2 else _FULL
+    return table[kernel, rows_class(num_rows, num_experts)]
 
 
 def quantize_rows(rows_nQ: Tensor) -> tuple[Tensor, Tensor]:
@@ -58,20 +58,15 @@ def quantize_rows(rows_nQ: Tensor) -> tuple[Tensor, Tensor]:
     return out_nQ, scale_n
 
 
-class _Launcher:
-    """What the kernels of one call share: shapes, the plan, and the tiles made so far by number of rows."""
+class _QuantizedLauncher(Launcher):
+    """Both products, with quantised weights."""
 
     def __init__(self, x_TD: Tensor, plan: Plan, scheme: str, num_experts: int, activation: str) -> None:
-        self.plan, self.x_TD, self.scheme, self.num_experts = plan, x_TD, scheme, num_experts
-        self.gated, self.num_rows = activation == "swiglu", plan.order_N.numel()
-        self._tiles: dict[int, Tiles] = {}
+        super().__init__(x_TD, plan, num_experts, activation)
+        self.scheme = scheme
 
-    def _walk(self, kernel: str, columns: int) -> tuple[Blocks, tuple[int]]:
-        blocks = blocks_for(kernel, self.scheme, self.num_rows, self.num_experts, self.x_TD.dtype)
-        if blocks.m not in self._tiles:
-            self._tiles[blocks.m] = make_tiles(self.plan, blocks.m)
-        num_tiles = self._tiles[blocks.m].experts_M.numel()
-        return blocks, triton_ops._grid(num_tiles * triton.cdiv(columns, blocks.n), blocks, self.x_TD)
+    def _blocks(self, kernel: str) -> Blocks:
+        return blocks_for(kernel, self.scheme, self.num_rows, self.num_experts, self.x_TD.dtype)
 
     def _rounded(self, rows_nQ: Tensor) -> tuple[Tensor, Tensor]:
         """Rows as the kernels take them, and their scales; these are not read for integer weights."""
@@ -89,7 +84,7 @@ class _Launcher:
             "BITS": num_bits,
             "GROUP": weight.group_size or (_WHOLE_ROW if num_bits else 0),
             "ASYMMETRIC": zero_point is not None,
-            "PRECISION": triton_ops._precision(self.x_TD.dtype),
+            "PRECISION": precision(self.x_TD.dtype),
             **blocks.meta(),
         }
 
@@ -97,8 +92,8 @@ class _Launcher:
         """Pre-activation (N, H), or an empty tensor, and activation (N, F), both in the dtype of x."""
         height = weight.shape[1]
         width = height // 2 if self.gated else height
-        blocks, grid = self._walk("up", width)
-        tiles = self._tiles[blocks.m]
+        blocks = self._blocks("up")
+        grid, tiles = self.walk(blocks, width)
         h_NH = self.x_TD.new_empty(self.num_rows if save_h else 0, height)
         a_NF = self.x_TD.new_empty(self.num_rows, width)
         x_TD, x_scale_T = self._rounded(self.x_TD)
@@ -113,8 +108,8 @@ class _Launcher:
     def rows(self, rows_NQ: Tensor, weight: QuantizedWeight) -> Tensor:
         """Rows times their expert's matrix, transposed: (N, P)."""
         _, columns, depth = weight.shape
-        blocks, grid = self._walk("rows", columns)
-        tiles = self._tiles[blocks.m]
+        blocks = self._blocks("rows")
+        grid, tiles = self.walk(blocks, columns)
         out_NP = rows_NQ.new_empty(self.num_rows, columns)
         rows_NQ, row_scale_N = self._rounded(rows_NQ)
         zero_point = weight.packed if weight.zero_point is None else weight.zero_point
@@ -129,21 +124,13 @@ def _run(
     x_TD: Tensor, weights_N: Tensor, up: QuantizedWeight, down: QuantizedWeight, expert_ids_N: Tensor,
     token_ids_N: Tensor, top_k: int, activation: str, save: bool,
 ) -> list[Tensor]:  # fmt: skip
-    """What the op "moe::expert_ffn" returns: y (T, D), and what its backward needs."""
-    num_tokens = x_TD.shape[0]
-    with triton_ops._device(x_TD):
-        plan = make_plan(expert_ids_N, token_ids_N, up.shape[0])
-        launcher = _Launcher(x_TD, plan, up.scheme, up.shape[0], activation)
-        sorted_weights_N = weights_N[plan.order_N]
-        bags_N, bag_offsets = plan.position_N.new_empty(0), plan.position_N.new_empty(0)
-        if not top_k:
-            bags_N, bag_offsets = triton_ops._bags(token_ids_N, plan.position_N, num_tokens)
-        h_NH, a_NF = launcher.up(up, save)
-        y_ND = launcher.rows(a_NF, down)
-        used_N = plan.position_N if top_k else bags_N
-        y_TD = triton_ops._combine(y_ND, sorted_weights_N, used_N, bag_offsets, num_tokens, top_k)
-    indices = [plan.order_N, plan.position_N, plan.token_ids_N, plan.offsets_E1]
-    return [y_TD, h_NH, *indices, bags_N, bag_offsets, sorted_weights_N]
+    """What `run_forward` returns."""
+    plan = make_plan(expert_ids_N, token_ids_N, up.shape[0])
+    launcher = _QuantizedLauncher(x_TD, plan, up.scheme, up.shape[0], activation)
+    return run_forward(
+        plan, token_ids_N, weights_N, x_TD.shape[0], top_k,
+        lambda: launcher.up(up, save), lambda a_NF: launcher.rows(a_NF, down),
+    )  # fmt: skip
 
 
 def _weight(parts: list[Tensor], scheme: str, num_columns: int, group_size: int) -> QuantizedWeight:
@@ -166,10 +153,11 @@ def _quantized(
     """y (T, D). Weights are [packed, scale] or [packed, scale, zero_point]; group sizes are 0 for one scale per row."""
     height = up[0].shape[1]
     width = height // 2 if activation == "swiglu" else height
-    return _run(
-        x_TD, weights_N, _weight(up, scheme, x_TD.shape[1], up_group), _weight(down, scheme, width, down_group),
-        expert_ids_N, token_ids_N, top_k, activation, False,
-    )[0]  # fmt: skip
+    with torch.cuda.device_of(x_TD):
+        return _run(
+            x_TD, weights_N, _weight(up, scheme, x_TD.shape[1], up_group), _weight(down, scheme, width, down_group),
+            expert_ids_N, token_ids_N, top_k, activation, False,
+        )[0]  # fmt: skip
 
 
 @_quantized.register_fake
@@ -197,22 +185,13 @@ def _fp8(
     top_k: int, activation: str, save: bool, main_grads: list[Tensor],
 ) -> list[Tensor]:  # fmt: skip
     """As "moe::expert_ffn" in arguments and results, with both products in fp8."""
-    with triton_ops._device(x_TD):
+    with torch.cuda.device_of(x_TD):
         up, down = _rounded_weight(w_up_EHD), _rounded_weight(w_down_EDF)
-    return _run(x_TD, weights_N, up, down, expert_ids_N, token_ids_N, top_k, activation, save)
+        return _run(x_TD, weights_N, up, down, expert_ids_N, token_ids_N, top_k, activation, save)
 
 
-@_fp8.register_fake
-def _(
-    x_TD: Tensor, weights_N: Tensor, w_up_EHD: Tensor, w_down_EDF: Tensor, expert_ids_N: Tensor, token_ids_N: Tensor,
-    top_k: int, activation: str, save: bool, main_grads: list[Tensor],
-) -> list[Tensor]:  # fmt: skip
-    return triton_ops._forward(
-        x_TD, weights_N, w_up_EHD, w_down_EDF, expert_ids_N, token_ids_N, top_k, activation, save, main_grads
-    )
-
-
-torch.library.register_autograd("moe::expert_ffn_fp8", triton_ops._autograd, setup_context=triton_ops._setup_context)
+_fp8.register_fake(triton_ops.empty_outputs)
+triton_ops.register_backward("moe::expert_ffn_fp8")
 
 
 def problem(device_type: str, scheme: str) -> str | None:

@@ -71,10 +71,15 @@ _FULL = {
 }
 
 
+def rows_class(num_rows: int, num_experts: int) -> str:
+    """The name in `ROWS` that ``num_rows`` rows over ``num_experts`` experts have."""
+    mean = num_rows / max(num_experts, 1)
+    return next(name for name, least in ROWS.items() if mean >= least)
+
+
 def blocks_for(kernel: str, num_rows: int, num_experts: int, dtype: torch.dtype) -> Blocks:
     """Block sizes of ``kernel`` ("up", "rows", "activation", "weight") for ``num_rows`` rows over ``num_experts`` experts."""
-    mean = num_rows / max(num_experts, 1)
-    rows = next(name for name, least in ROWS.items() if mean >= least)
+    rows = rows_class(num_rows, num_experts)
     if dtype.itemsize > 2:
         return _FULL[kernel, rows]
     return _tuned(_device_name()).get((kernel, rows)) or _HALF[kernel, rows]

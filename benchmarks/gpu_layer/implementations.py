@@ -93,8 +93,7 @@ def liger(inputs: Inputs) -> Tensor:
 
 def scattermoe(inputs: Inputs) -> Tensor:
     """ScatterMoE's two scatter-GEMMs (arXiv 2403.08245) with the activation between; only where it is installed."""
-    from scattermoe.kernels.ops import flatten_sort_count
-    from scattermoe.parallel_experts import parallel_linear
+    from scattermoe.parallel_experts import flatten_sort_count, parallel_linear
 
     num_experts, top_k = inputs.w_up_EHD.shape[0], inputs.experts_TK.shape[1]
     sorted_experts_N, sorted_slots_N, ends_E = flatten_sort_count(inputs.experts_TK, num_experts)

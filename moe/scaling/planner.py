@@ -213,7 +213,7 @@ class Planner:
     def search(self, search: Search) -> list[Candidate]:
         """All layouts, the fastest that fits first; those that do not fit follow, the smallest first."""
         found = [self.plan(layout) for layout in self.layouts(search)]
-        return sorted(found, key=lambda c: (not c.fits, c.memory.peak))
+        return sorted(found, key=lambda c: (not c.fits, c.time.total if c.fits else c.memory.peak))
 
 
 def _line(one: int, two: int, batch: int) -> int:

@@ -61,7 +61,7 @@ def test_the_op_keeps_what_it_promises_torch(top_k: int, monkeypatch: pytest.Mon
     routing = routing_of(case, leaves[1])
     x_TD, weights_N, w_up_EHD, w_down_EDF = leaves
     ids = (routing.expert_ids_N.to(DEVICE), routing.token_ids_N.to(DEVICE))
-    args = (x_TD, weights_N, w_up_EHD, w_down_EDF, *ids, top_k, "swiglu", True)
+    args = (x_TD, weights_N, w_up_EHD, w_down_EDF, *ids, top_k, "swiglu", True, [])
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(torch.ops.moe.expert_ffn.default, args, test_utils=tests)
 

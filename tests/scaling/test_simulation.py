@@ -134,7 +134,10 @@ def test_the_mirror_keeps_counts_and_sums() -> None:
         sent, received = torch.arange(8), torch.empty(8, dtype=torch.int64)
         dist.all_to_all_single(received, sent)
         assert received.tolist() == [3] * 8
-        assert [(t.op, sum(t.bytes_to)) for t in ranks.transfers] == [("allreduce", 4), ("all_to_all", 64)]
+        rows, sizes = torch.empty(36, 2, device="meta"), [1, 2, 3, 4, 5, 6, 7, 8]
+        dist.all_to_all_single(torch.empty(32, 2, device="meta"), rows, [4] * 8, sizes)
+        assert [(t.op, sum(t.bytes_to)) for t in ranks.transfers[:2]] == [("allreduce", 4), ("all_to_all", 64)]
+        assert ranks.transfers[2].bytes_to == tuple(8 * size for size in sizes)
     assert not dist.is_initialized()
 
 
