@@ -46,6 +46,7 @@ class Plan:
     length: int
     repeats: int
     steps_compared: int
+    bf16: bool
 
 
 class _Sent:
@@ -125,6 +126,7 @@ def _engine_config(plan: Plan, zero_stage: int) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": plan.batch,
         "gradient_clipping": CLIP,
         "zero_optimization": {"stage": zero_stage},
+        "bf16": {"enabled": plan.bf16},
         "steps_per_print": 2**31,
     }
 
@@ -180,14 +182,15 @@ def _layers(plan: Plan, theirs: Any, ours: Engine) -> dict[str, Step]:
     def passes(layer: nn.Module) -> Step:
         def run(step: int) -> Tensor:
             generator = torch.Generator().manual_seed(1000 * step + dist.get_rank())
-            x_BLD = torch.randn(plan.batch, plan.length, plan.dim, generator=generator, requires_grad=True)
-            dy_BLD = torch.randn(plan.batch, plan.length, plan.dim, generator=generator)
+            dtype = torch.bfloat16 if plan.bf16 else torch.float32
+            x_BLD, dy_BLD = torch.randn(2, plan.batch, plan.length, plan.dim, generator=generator).to(dtype)
+            x_BLD.requires_grad_()
             found = layer(x_BLD)
             y_BLD = found[0] if isinstance(found, tuple) else found
             y_BLD.backward(dy_BLD)
             layer.zero_grad(set_to_none=True)
             assert x_BLD.grad is not None
-            return torch.stack([y_BLD.detach(), x_BLD.grad])
+            return torch.stack([y_BLD.detach(), x_BLD.grad]).float()
 
         return run
 

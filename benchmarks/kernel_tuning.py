@@ -51,9 +51,10 @@ def candidates(kernel: str, rows: str) -> Iterator[Blocks]:
             yield blocks
 
 
-def refinements(best: Blocks) -> Iterator[Blocks]:
+def refinements(kernel: str, best: Blocks) -> Iterator[Blocks]:
     """Other orders of tiles, persistent grids and loads without TMA, at the best sizes."""
-    for group, per_sm, tma in product((4, 8, 16), (0, 1, 2), (True, False)):
+    loads = (True,) if kernel == "weight" else (True, False)  # that one reads no weights
+    for group, per_sm, tma in product((4, 8, 16), (0, 1, 2), loads):
         yield replace(best, group=group, per_sm=per_sm, tma=tma)
 
 
@@ -96,8 +97,9 @@ def timed(call: Callable[[], object], blocks: Blocks) -> tuple[float | None, str
 class _Search:
     """The times of one kernel's blocks so far, and a row of each try."""
 
-    def __init__(self, kernel: str, rows: str, call: Callable[[], object], deadline: float, most: int | None) -> None:
-        self.kernel, self.rows, self.call, self.deadline, self.most = kernel, rows, call, deadline, most
+    def __init__(self, kernel: str, rows: str, call: Callable[[], object], seconds: float, most: int | None) -> None:
+        self.kernel, self.rows, self.call, self.seconds, self.most = kernel, rows, call, seconds, most
+        self.started = time.monotonic()
         self.times: dict[Blocks, float] = {}
         self.rows_found: list[Row] = []
 
@@ -105,10 +107,10 @@ class _Search:
     def best(self) -> Blocks:
         return min(self.times, key=self.times.__getitem__)
 
-    def attempt(self, every: Iterator[Blocks]) -> None:
-        """Time those that are new, until the deadline."""
+    def attempt(self, every: Iterator[Blocks], share: float) -> None:
+        """Time those that are new, until this share of the seconds is over."""
         for blocks in islice(every, self.most):
-            if blocks in self.times or time.monotonic() > self.deadline:
+            if blocks in self.times or time.monotonic() - self.started > share * self.seconds:
                 continue
             milliseconds, note = timed(self.call, blocks)
             row: Row = {"kernel": self.kernel, "rows_per_expert": self.rows, **asdict(blocks), "note": note}
@@ -127,15 +129,18 @@ def gate(options: Options) -> list[Check]:
 def run(options: Options) -> list[Row]:
     """A row per try; the card's file is written at the end, from what was tried until the time was used up."""
     device, deadline = torch.device("cuda"), time.monotonic() + BUDGET_S
+    waiting = len(ROWS_PER_EXPERT) * len(KERNELS)
     found: list[Row] = []
     chosen: list[dict[str, Any]] = []
     for rows in ROWS_PER_EXPERT:
         kernels = calls(rows, device)
         for kernel in KERNELS:
-            search = _Search(kernel, rows, kernels[kernel], deadline, 2 if options.quick else None)
-            search.attempt(candidates(kernel, rows))
+            share = max(deadline - time.monotonic(), 0.0) / waiting  # what is left, evenly: most of it is compiling
+            waiting -= 1
+            search = _Search(kernel, rows, kernels[kernel], share, 2 if options.quick else None)
+            search.attempt(candidates(kernel, rows), 0.8)
             if search.times:
-                search.attempt(refinements(search.best))
+                search.attempt(refinements(kernel, search.best), 1.0)
                 best, milliseconds = search.best, search.times[search.best]
                 chosen.append({"kernel": kernel, "rows": rows, "sizes": asdict(best), "ms": round(milliseconds, 4)})
                 options.report(f"{kernel} {rows}: {best}, {milliseconds:.4f} ms, of {len(search.times)} that run")

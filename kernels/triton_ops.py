@@ -118,7 +118,10 @@ def _forward(
     x_TD: Tensor, weights_N: Tensor, w_up_EHD: Tensor, w_down_EDF: Tensor, expert_ids_N: Tensor, token_ids_N: Tensor,
     top_k: int, activation: str, save: bool, main_grads: list[Tensor],
 ) -> list[Tensor]:  # fmt: skip
-    """What `run_forward` returns. Without ``save``, h is empty and backward makes it; ``main_grads`` (none, or both) are for backward."""
+    """What `run_forward` returns. Without ``save``, h is empty and backward makes it.
+
+    ``top_k`` is 0 where it varies from token to token. ``main_grads`` is for backward: none, or both.
+    """
     with torch.cuda.device_of(x_TD):
         plan = make_plan(expert_ids_N, token_ids_N, w_up_EHD.shape[0])
         launcher = GemmLauncher(x_TD, plan, w_down_EDF, activation)

@@ -21,6 +21,7 @@ def place(tile, num_m, num_n, GROUP_M: tl.constexpr):
 
 @triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a b."""
     if INTERPRETED:  # Triton 3.9's interpreter keeps bf16 as its 16-bit pattern and would multiply that
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision=PRECISION)
@@ -28,11 +29,13 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def silu(x):
+    """x * sigmoid(x)."""
     return x * tl.sigmoid(x)
 
 
 @triton.jit
 def gelu(x):
+    """The exact (erf) one."""
     return 0.5 * x * (1 + tl.erf(x * 0.7071067811865476))
 
 

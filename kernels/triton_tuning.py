@@ -1,19 +1,22 @@
 """Block sizes of the Triton kernels: one table, chosen by what the shapes are like and never by the exact token count.
 
 A card that blocks were tuned on has a file in ``tuned/``, written by ``benchmarks/run.py tune-kernels`` with the time of each
-choice; other cards take the sizes below. Keys are the kernel, how many rows an expert has on average (`ROWS`), and the width
-of the dtype. So a step with other tokens runs the kernels that are compiled already.
+choice; other cards take the sizes below, with fewer stages where their shared memory holds fewer. Keys are the kernel, how many
+rows an expert has on average (`ROWS`), and the width of the dtype. So a step with other tokens runs the kernels that are compiled
+already.
 """
 
 import functools
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 TUNED_DIR = Path(__file__).parent / "tuned"
 ROWS = {"many": 96, "some": 32, "few": 0}  # least rows per expert
+# Of a program, by compute capability (CUDA programming guide, "technical specifications"); all others have 99.
+_SHARED_KIB = {(8, 0): 163, (8, 7): 163, (9, 0): 227, (10, 0): 227, (10, 3): 227, (11, 0): 227}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,13 +84,26 @@ def blocks_for(kernel: str, num_rows: int, num_experts: int, dtype: torch.dtype)
     """Block sizes of ``kernel`` ("up", "rows", "activation", "weight") for ``num_rows`` rows over ``num_experts`` experts."""
     rows = rows_class(num_rows, num_experts)
     if dtype.itemsize > 2:
-        return _FULL[kernel, rows]
-    return _tuned(_device_name()).get((kernel, rows)) or _HALF[kernel, rows]
+        return _fitted(kernel, _FULL[kernel, rows], dtype)
+    return _tuned(_device_name()).get((kernel, rows)) or _fitted(kernel, _HALF[kernel, rows], dtype)
+
+
+def _fitted(kernel: str, blocks: Blocks, dtype: torch.dtype) -> Blocks:
+    """With as many stages as the card's shared memory holds; the tables are made for Hopper's."""
+    most = _SHARED_KIB.get(_capability(), 99) * 1024
+    stage = blocks.k * (blocks.m + blocks.n * (2 if kernel == "up" else 1)) * dtype.itemsize
+    # Without warp-group instructions one stage of the pipeline is in registers.
+    return blocks if most >= 227 * 1024 else replace(blocks, stages=min(blocks.stages, most // stage + 1))
 
 
 def tuned_file(device_name: str) -> Path:
     """Where the blocks tuned on a card of that name are."""
     return TUNED_DIR / f"{device_name.replace(' ', '_').replace('/', '_')}.json"
+
+
+@functools.cache
+def _capability() -> tuple[int, int]:
+    return torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
 
 
 @functools.cache

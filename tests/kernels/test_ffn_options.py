@@ -29,8 +29,7 @@ def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
     return request.param
 
 
-@pytest.mark.parametrize("activation", ["swiglu", "gelu"])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("name", "activation"), [*((name, "swiglu") for name in CASES), ("odd", "gelu")])
 def test_recomputed_is_the_same(name: str, activation: str) -> None:
     case = CASES[name](activation=activation, dtype=torch.float32)
     kept, made_again = run(case), run(case, options=RECOMPUTE)
@@ -63,8 +62,7 @@ def test_recomputing_keeps_no_pre_activation(implementation: str) -> None:
     assert sizes[False] - sizes[True] == num_rows * height
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("name", "dtype"), [*((name, torch.float32) for name in CASES), ("odd", torch.bfloat16)])
 def test_gradients_are_added_to_buffers(name: str, dtype: torch.dtype) -> None:
     case = CASES[name](dtype=dtype)
     expected = expect(case)
@@ -79,6 +77,16 @@ def test_gradients_are_added_to_buffers(name: str, dtype: torch.dtype) -> None:
             )
         for key, buffer, before in zip(("dw_up", "dw_down"), buffers, start, strict=True):
             assert_close(f"{key}, {step} times", buffer - before, step * expected[key], dtype)
+
+
+def test_a_buffer_that_does_not_fit_is_an_error(implementation: str) -> None:
+    if implementation != "triton":
+        pytest.skip("plain torch adds to any strides")
+    case = CASES["aligned"](dtype=torch.float32)
+    up_EHD, down_EDF = torch.zeros_like(case.w_up_EHD), torch.zeros_like(case.w_down_EDF)
+    for buffers in ((up_EHD, down_EDF[:2]), (up_EHD.transpose(1, 2).contiguous().transpose(1, 2), down_EDF)):
+        with pytest.raises(ValueError, match=r"a main_grad is .* the kernels need a contiguous \(3, 32, "):
+            run(case, options=FFNOptions(main_grads=buffers))
 
 
 def test_a_buffer_of_an_expert_without_rows_stays() -> None:

@@ -11,8 +11,11 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = """
 import json
-from benchmarks.kernel_resources import VARIANTS, examine, examine_router
-print(json.dumps([examine(name, "many") for name in VARIANTS] + examine_router("deepseek")))
+from benchmarks.kernel_resources import VARIANTS, examine, examine_quantized, examine_router
+rows = [examine(name, "many") for name in VARIANTS] + examine_router("deepseek")
+for name in ("w4a16 asymmetric", "fp8 blocks"):
+    rows += examine_quantized(name, "many")
+print(json.dumps(rows))
 """
 
 
@@ -26,7 +29,7 @@ def rows() -> list[dict]:
 
 def test_large_blocks_use_hoppers_tensor_cores(rows: list[dict]) -> None:
     gemms = [row for row in rows if not row["kernel"].startswith("route")]
-    assert len(gemms) == 6
+    assert len(gemms) == 6 + 4
     assert all(row["hgmma"] > 0 and row["hmma"] == 0 for row in gemms)
 
 

@@ -89,6 +89,9 @@ def test_memory_full_of_nan_in_every_step() -> None:
     first = None
     for _ in range(3):
         poison = [torch.full((2**22,), float("nan"), device="cuda") for _ in range(16)]
+        poison += [
+            torch.full((2**16,), float("nan"), device="cuda") for _ in range(64)
+        ]  # small tensors have a pool of their own
         del poison  # the allocator hands this memory out next
         found = step(tensors, dy_TD)
         assert all(tensor.isfinite().all() for tensor in found)

@@ -1,12 +1,14 @@
 """Sorting and tiling on the device, against torch's sort and a loop; and the ops' own promises to torch."""
 
+from itertools import product
+
 import pytest
 import torch
 import triton
 from helpers.ffn_case import fixed_k, routing_of
 from helpers.triton_blocks import small_blocks
 
-from moe.kernels import triton_ops
+from moe.kernels import triton_launch, triton_ops, triton_quantized_ops, triton_tuning
 from moe.kernels.triton_plan import make_plan, make_tiles
 from moe.kernels.triton_tuning import Blocks, blocks_for
 
@@ -49,6 +51,43 @@ def test_block_sizes_do_not_depend_on_the_exact_number_of_tokens() -> None:
             found = {blocks_for(kernel, rows, 64, dtype) for rows in range(64 * 96, 64 * 4000, 997)}
             assert len(found) == 1
             assert blocks_for(kernel, 0, 64, dtype).m <= blocks_for(kernel, 64 * 500, 64, dtype).m
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (9, 0), (12, 0)])
+def test_programs_fit_the_shared_memory_of_smaller_cards(
+    capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triton_tuning, "_capability", lambda: capability)
+    most = {(8, 0): 163, (9, 0): 227}.get(capability, 99)
+    for kernel, rows, dtype in product(
+        ("up", "rows", "activation", "weight"), (1, 64, 4096), (torch.bfloat16, torch.float32)
+    ):
+        blocks = blocks_for(kernel, rows, 1, dtype)
+        tiles = blocks.m + blocks.n * (2 if kernel == "up" else 1)
+        assert (blocks.stages - (capability != (9, 0))) * blocks.k * tiles * dtype.itemsize <= most * 1024
+    few = blocks_for("up", 1, 1, torch.bfloat16)
+    assert few.stages == (3 if most > 99 else 2), "no fewer stages than it takes"
+
+
+def test_both_kinds_of_weights_have_the_same_classes_of_rows() -> None:
+    for rows in (0, 31, 32, 95, 96, 5000):
+        name = triton_tuning.rows_class(rows, 1)
+        assert name == ("many" if rows >= 96 else "some" if rows >= 32 else "few")
+        assert blocks_for("up", rows, 1, torch.bfloat16) == triton_tuning._HALF["up", name]
+        found = triton_quantized_ops.blocks_for("up", "fp8", rows, 1, torch.bfloat16)
+        assert found == triton_quantized_ops._FP8["up", name]
+
+
+def test_fp32_products_are_as_precise_as_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    try:
+        for value in ("tf32", "ieee"):  # the newer of torch's two switches: the older cannot be read any more then
+            matmul.fp32_precision = value
+            assert triton_launch.precision(torch.float32) == value
+            assert triton_launch.precision(torch.bfloat16) == "ieee"
+    finally:
+        matmul.fp32_precision = before
 
 
 @pytest.mark.parametrize("top_k", [2, 0], ids=["fixed", "variable"])
