@@ -21,7 +21,7 @@ from benchmarks.spec import Benchmark, Check, Options, Row
 from moe.launch.local import run_local
 
 LAYOUTS = tuple((processes, bf16) for processes in (2, 4) for bf16 in (False, True))
-LOSS_LIMIT = {False: 1e-5, True: 1e-3}
+LOSS_LIMIT = {False: 1e-4, True: 1e-3}  # after steps of AdamW, which turns rounding into other experts for a few tokens
 LAYER_LIMIT = {False: 1e-5, True: 5e-2}  # AutoEP weighs and adds experts' results in bf16, ours in fp32
 SIZES = Plan(
     dim=512,
