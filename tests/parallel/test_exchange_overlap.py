@@ -3,6 +3,7 @@
 Legend: T tokens, D model, E experts, R received rows.
 """
 
+import gc
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -20,6 +21,7 @@ from moe.layer import MoELayer
 from moe.parallel import trace
 from moe.parallel.exchange.config import ExchangeConfig
 from moe.parallel.exchange.expert_parallel import ExpertParallelExchange
+from moe.parallel.exchange.hop import Leg
 from moe.parallel.exchange.payload import PAYLOADS
 from moe.types import Routing
 
@@ -141,11 +143,23 @@ def without_gradients(rank: int, world_size: int) -> Tensor:
     return y_TD
 
 
+def legs_left(rank: int, world_size: int, config: ExchangeConfig) -> int:
+    """Plans of a step that are still there after it, without the garbage collector's help."""
+    gc.collect()
+    gc.disable()
+    try:
+        step(spread(new_layer(), rank, world_size, config), rank)
+        return sum(isinstance(thing, Leg) for thing in gc.get_objects())
+    finally:
+        gc.enable()
+
+
 def all_on_one_rank(rank: int, world_size: int) -> dict[str, Any]:
     nodes = {"nodes": NODES} if world_size == 4 else {}
     found: dict[str, Any] = {"step": step(spread(new_layer(), rank, world_size, CHUNKS), rank)}
     for name, config in {"chunks": CHUNKS, **nodes}.items():
         found[f"overlaps_{name}"] = overlaps(rank, world_size, config)
+        found[f"legs_left_{name}"] = legs_left(rank, world_size, config)
         for kind in ("non_reentrant", "reentrant"):
             found[f"{kind}_{name}"] = with_checkpointing(rank, world_size, config, kind == "reentrant")
         for payload in ("bf16", "fp8"):
@@ -214,6 +228,11 @@ def test_both_hops_travel_while_experts_run(results: list[dict[str, Any]]) -> No
 
 def test_nothing_stays_on_record(results: list[dict[str, Any]]) -> None:
     assert [found["left"] for found in results] == [()] * len(results)
+
+
+def test_a_step_leaves_no_indices_for_the_garbage_collector(results: list[dict[str, Any]]) -> None:
+    for kind in kinds(results):
+        assert [found[f"legs_left_{kind}"] for found in results] == [0] * len(results)
 
 
 # ---- around the exchange

@@ -11,6 +11,7 @@ gradients are recorded, whatever the rank's rows do: a rank without rows takes p
 Legend: R rows, D model, P travelling rows, p those of one peer.
 """
 
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,32 +28,45 @@ def new_anchor(device: torch.device) -> Tensor:
     return torch.zeros((), device=device, requires_grad=torch.is_grad_enabled())
 
 
-class _Passage:
-    """One way of a tensor: `start`, `advance` to each further hop, `finish`; without gradients."""
+@dataclass(frozen=True, kw_only=True)
+class _Cargo:
+    """What both ways of a tensor share; see `Transfer`."""
 
-    def __init__(self, transfer: "Transfer", outward: bool, name: str) -> None:
-        self._transfer, self._outward, self._name = transfer, outward, name
+    payload: Payload
+    dtype: torch.dtype
+    layer: str
+    legs: list[Leg] = field(default_factory=list)
+
+
+class _Passage:
+    """One way of a tensor: `start`, `advance` to each further hop, `finish`; without gradients.
+
+    It knows the cargo and not the `Transfer`: a cycle would keep the legs' indices until Python collects garbage.
+    """
+
+    def __init__(self, cargo: _Cargo, outward: bool, name: str) -> None:
+        self._cargo, self._outward, self._name = cargo, outward, name
         self._passed = 0
         self._pending: PendingRows | None = None
 
     def start(self, rows_RD: Tensor) -> None:
         self._passed = 0
-        self._send(self._transfer.payload.encode(rows_RD, self._transfer.dtype))
+        self._send(self._cargo.payload.encode(rows_RD, self._cargo.dtype))
 
     def advance(self) -> None:
         self._send(self._receive())
 
     def finish(self) -> Tensor:
         wire = self._receive()
-        return (self._transfer.payload.decode(wire) if self._outward else wire).to(self._transfer.dtype)
+        return (self._cargo.payload.decode(wire) if self._outward else wire).to(self._cargo.dtype)
 
     def _leg(self) -> Leg:
-        legs = self._transfer.legs
+        legs = self._cargo.legs
         return legs[self._passed] if self._outward else legs[len(legs) - 1 - self._passed]
 
     def _send(self, wire: Tensor) -> None:
-        leg, transfer = self._leg(), self._transfer
-        label = Label(name=f"{self._name}, hop {self._passed + 1}", layer=transfer.layer)
+        leg = self._leg()
+        label = Label(name=f"{self._name}, hop {self._passed + 1}", layer=self._cargo.layer)
         if self._outward:
             self._pending = start_all_to_all(wire[leg.rows_P], leg.send_W, leg.receive_W, leg.peers, label)
         else:
@@ -64,16 +78,16 @@ class _Passage:
         self._passed += 1
         if self._outward:
             return received
-        transfer = self._transfer
-        parts_PD = transfer.payload.decode(received)
+        cargo = self._cargo
+        parts_PD = cargo.payload.decode(received)
         # at least fp32: partial sums would otherwise be rounded between additions
         wide = torch.promote_types(parts_PD.dtype, torch.float32)
         sums_RD = torch.zeros((leg.num_rows, parts_PD.shape[1]), device=received.device, dtype=wide)
         # Peer by peer, from each of which a row gets one part at most: the order of additions is the same every time.
         for rows_p, parts_pD in zip(leg.rows_P.split(leg.send_W), parts_PD.split(leg.send_W), strict=True):
             sums_RD.index_add_(0, rows_p, parts_pD.to(wide))
-        more = self._passed < len(transfer.legs)
-        return transfer.payload.encode(sums_RD, transfer.dtype) if more else sums_RD
+        more = self._passed < len(cargo.legs)
+        return cargo.payload.encode(sums_RD, cargo.dtype) if more else sums_RD
 
 
 class Transfer:
@@ -91,11 +105,11 @@ class Transfer:
     """
 
     def __init__(self, payload: Payload, dtype: torch.dtype, what: str, layer: str, *, outward: bool) -> None:
-        self.payload, self.dtype, self.layer = payload, dtype, layer
-        self.legs: list[Leg] = []
+        cargo = _Cargo(payload=payload, dtype=dtype, layer=layer)
+        self.legs = cargo.legs
         there, back = ("dispatch", "combine") if outward else ("combine", "dispatch")
-        self.forward = _Passage(self, outward, f"forward {there} {what}")
-        self.backward = _Passage(self, not outward, f"backward {back} {what}")
+        self.forward = _Passage(cargo, outward, f"forward {there} {what}")
+        self.backward = _Passage(cargo, not outward, f"backward {back} {what}")
         self._anchor: Tensor | None = None
 
     def start(self, rows_RD: Tensor, anchor: Tensor) -> None:
