@@ -1,12 +1,18 @@
-"""``scaling``: the planner against what real runs hold, and weak scaling to 512 GPUs as it predicts it.
+"""``scaling``: the planner against what real runs hold, weak scaling on this machine, and to 512 GPUs as the planner predicts it.
 
 ``memory`` trains the tiny recipe on two CPU processes in several layouts, counts live tensors by part, and sets the plan beside
-them. ``weak`` runs nothing: it is the planner's prediction for `configs/pretrain.yaml` with the work per GPU held constant, on
-the hardware and with the assumptions of `moe/scaling/hardware.py`, which the rows name; its figures are no measurements.
+them. ``processes`` trains it with 1, 2 and 4 processes on this machine and the same work for each, experts spread over all of
+them; with more processes than cores each has a part of a core. ``weak`` runs nothing: it is the planner's prediction for
+`configs/pretrain.yaml` with the work per GPU held constant, on the hardware and with the assumptions of
+`moe/scaling/hardware.py`, which the rows name; its figures are no measurements.
 """
 
 import contextlib
 import json
+import os
+import statistics
+import subprocess
+import sys
 import tempfile
 from dataclasses import asdict, replace
 from functools import cache
@@ -23,6 +29,7 @@ from moe.scaling.memory import MemoryPlan, engine_bytes, plan_memory
 from moe.scaling.planner import Planner
 from moe.scaling.shape import Layout, owned_parameters
 from moe.train.config import load_config
+from moe.train.metrics import read_metrics
 from moe.train.optim import param_groups
 from moe.train.plan import model_shape
 
@@ -36,6 +43,7 @@ CASES = [
     for precision, size, accum, again in (("fp32", 2, 1, False), ("bf16", 4, 1, True))
 ]
 QUICK = [Case(ep_size=2, zero_stage=1, precision="bf16", micro_batch_size=1, grad_accum=1, recompute=False)]
+PROCESSES = (1, 2, 4)
 GPUS = (8, 16, 32, 64, 128, 256, 512)
 SEQUENCES_PER_GPU, HARDWARE_NAME, VOCAB = 32, "h100", 49152
 
@@ -136,7 +144,46 @@ def _weak_rows(options: Options) -> list[Row]:
     return rows
 
 
-_PARTS = {"memory": _memory_rows, "weak": _weak_rows}
+def _process_rows(options: Options) -> list[Row]:
+    rows: list[Row] = []
+    cores = len(os.sched_getaffinity(0))
+    for processes in PROCESSES[:1] if options.quick else PROCESSES:
+        with tempfile.TemporaryDirectory() as folder:
+            overrides = {
+                "parallel.processes": processes,
+                "parallel.ep_size": processes,
+                "train.micro_batch_size": 8,
+                "train.batch_size": 8 * processes,
+                "train.steps": 5 if options.quick else 30,
+                "train.eval_windows": 1,
+                "train.sample_tokens": 0,
+                "optim.warmup_steps": 2,
+                "log.wandb": "off",
+                "log.run_root": folder,
+            }
+            command = [sys.executable, "-m", "moe.cli", "train", str(ROOT / "configs" / "tiny.yaml"), "--json"]
+            command += [f"{key}={value}" for key, value in overrides.items()]
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise RuntimeError(f"{' '.join(command)} ended with status {done.returncode}:\n{done.stderr[-2000:]}")
+            records = read_metrics(Path(folder) / "tiny").train
+        speed = statistics.median(record["tokens_per_second"] for record in records[len(records) // 3 :])
+        first = float(rows[0]["tokens_per_second"] or 0) if rows else speed
+        rows.append(
+            {
+                "part": "processes",
+                "case": f"configs/tiny.yaml, EP {processes}, 8 sequences a process, {cores} cores",
+                "what": f"{processes} processes",
+                "tokens_per_second": round(speed),
+                "of_linear": round(speed / (first * processes), 3),
+                "of_cores": round(speed / (first * min(processes, cores)), 3),
+            }
+        )
+        options.report(f"{processes} processes: {speed:.0f} tokens/s")
+    return rows
+
+
+_PARTS = {"memory": _memory_rows, "processes": _process_rows, "weak": _weak_rows}
 
 
 def run(options: Options) -> list[Row]:
@@ -151,6 +198,9 @@ _COLUMNS = (
     "measured_mb",
     "planned_mb",
     "error",
+    "tokens_per_second",
+    "of_linear",
+    "of_cores",
     "predicted_step_s",
     "predicted_tokens_per_gpu",
     "predicted_mfu",
