@@ -20,7 +20,7 @@ def test_what_is_tried(kernel: str, rows: str) -> None:
     tried = list(candidates(kernel, rows))
     assert tried[0] == blocks_for(kernel, ROWS_PER_EXPERT[rows], 1, torch.bfloat16)
     assert len(set(tried)) == len(tried) > 10
-    others = list(refinements(tried[1]))
+    others = list(refinements(kernel, tried[1]))
     assert tried[1] in others
     assert {(blocks.m, blocks.n, blocks.k) for blocks in others} == {(tried[1].m, tried[1].n, tried[1].k)}
 
