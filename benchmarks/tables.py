@@ -1,7 +1,7 @@
 """Markdown tables from results: ``python -m benchmarks.tables`` rewrites the marked regions of the documents.
 
-A region is everything between ``<!-- table: NAME -->`` and ``<!-- end -->``; with ``part=X`` after the name, only the rows
-whose ``part`` column is X.
+A region is everything between ``<!-- table: NAME -->`` and ``<!-- end -->``; with ``COLUMN=X`` after the name, once or more, only
+the rows whose column is X.
 """
 
 import re
@@ -15,12 +15,13 @@ from benchmarks.record import ROOT, latest, path_of
 from benchmarks.registry import BENCHMARKS
 from benchmarks.spec import Benchmark
 
-_REGION = re.compile(r"(<!-- table: ([\w-]+)(?: part=([\w-]+))? -->\n).*?(<!-- end -->)", re.DOTALL)
+_REGION = re.compile(r"(<!-- table: ([\w-]+)((?: \w+=[\w-]+)*) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
-def markdown(benchmark: Benchmark, part: str | None = None) -> str:
+def markdown(benchmark: Benchmark, **only: str) -> str:
     """The latest run as a markdown table, with a line that says where it ran and with which command."""
-    rows = latest(benchmark, part)
+    part = only.get("part")
+    rows = [row for row in latest(benchmark, part) if all(row[column] == value for column, value in only.items())]
     if not rows:
         return f"No run of `{benchmark.name}`{f', part {part},' if part else ''} is recorded yet.\n"
     first = rows[0]
@@ -40,10 +41,10 @@ def fill(text: str) -> str:
     """``text`` with every marked region rewritten from the CSVs."""
 
     def region(match: re.Match[str]) -> str:
-        opening, name, part, closing = match.groups()
+        opening, name, only, closing = match.groups()
         if name not in BENCHMARKS:
             raise ValueError(f"table: {name!r} is no benchmark; use one of {sorted(BENCHMARKS)}")
-        return opening + markdown(BENCHMARKS[name](), part) + closing
+        return opening + markdown(BENCHMARKS[name](), **dict(pair.split("=") for pair in only.split())) + closing
 
     return _REGION.sub(region, text)
 

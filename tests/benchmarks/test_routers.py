@@ -346,7 +346,7 @@ def test_each_part_shows_its_own_columns(
     new = [row for row in quick_rows if row["part"] == "text"]
     for date, rows in (("d1", old), ("d2", new)):
         record.append(BENCHMARK, [{"date": date, **row} for row in rows])
-    shown = {part: tables.markdown(BENCHMARK, part).split("\n", 1)[0] for part in BENCHMARK.parts}
+    shown = {part: tables.markdown(BENCHMARK, part=part).split("\n", 1)[0] for part in BENCHMARK.parts}
     for part, column in {
         "text": "loss",
         "clusters": "cluster entropy",
@@ -356,8 +356,8 @@ def test_each_part_shows_its_own_columns(
         assert f"| {column} |" in shown[part]
         others = [header for name, header in shown.items() if name != part and column != "loss"]
         assert not any(f"| {column} |" in header for header in others)
-    assert "d2" in tables.markdown(BENCHMARK, "text")
-    assert "d1" in tables.markdown(BENCHMARK, "clusters")
+    assert "d2" in tables.markdown(BENCHMARK, part="text")
+    assert "d1" in tables.markdown(BENCHMARK, part="clusters")
 
 
 @pytest.mark.parametrize("part", BENCHMARK.parts)
