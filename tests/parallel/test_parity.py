@@ -34,6 +34,7 @@ RUNS = {
     # without padding: with it, ranks would weigh their sequences by their tokens, and one process would not
     "sequence": replace(SHORT, ragged=False, balance={"aux_coef": 0.1, "aux_scope": "sequence"}),
     "checkpointing": replace(SHORT, checkpointing=True, grad_accum=2),
+    "recompute": replace(SHORT, recompute=True, checkpointing=True),
     "gated_gelu": replace(SHORT, moe={"activation": "gelu", "shared_gate": True}),
     "bf16": replace(MAIN, steps=8, bf16=True),
 }
@@ -83,7 +84,8 @@ CASES = [
     *cases("main", 4, (2, 4)),
     *cases("bias", 4, (2,), (1,)),
     *cases("short", 2, (1, 2), sp_size=2),
-    *cases("checkpointing", 2, (2,), (1, 3), sp_size=2),
+    *cases("checkpointing", 2, (2,), sp_size=2),
+    *cases("recompute", 2, (2,)),
     *cases("short", 4, (2, 4), (1, 3), sp_size=2),
     *cases("short", 2, (1, 2), (1, 2, 3), offload="optimizer"),
     *cases("short", 2, (1, 2), (3,), offload="optimizer param"),

@@ -14,11 +14,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import AutoConfig
 
+from moe.experts import set_ffn_options
 from moe.layer import moe_layers
 from moe.models import MoEConfig, MoEForCausalLM
 from moe.parallel.engine import Engine, is_expert_parameter
 from moe.parallel.sequence_parallel import SequenceParallel
 from moe.parallel.state import full_gradient
+from moe.types import FFNOptions
 
 VOCAB, B, L = 61, 8, 12
 NUM_EXPERTS = 8
@@ -33,6 +35,7 @@ class Run:
         steps, grad_accum, clip, lr: of the training; the rate rises over the first 4 steps.
         ragged: pad the sequences to different lengths.
         checkpointing: activation checkpointing.
+        recompute: make the experts' pre-activation again in backward.
         bf16: compute in bfloat16 through DeepSpeed.
         sabotage: a deliberate error, see `_sabotage`.
     """
@@ -48,6 +51,7 @@ class Run:
     lr: float = 1e-3
     ragged: bool = True
     checkpointing: bool = False
+    recompute: bool = False
     bf16: bool = False
     sabotage: str | None = None
 
@@ -115,6 +119,7 @@ def build_model(run: Run, seed: int = 0, **decoder: Any) -> MoEForCausalLM:
     config = MoEConfig(text_config=text_config, moe={**spec, "router": run.router, "balance": run.balance, **run.moe})
     model = MoEForCausalLM(config)
     model.config.use_cache = False
+    set_ffn_options(model, FFNOptions(recompute=run.recompute))
     if run.checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model.train()
