@@ -39,6 +39,7 @@ class MoESpec:
         shared_gate: scale the shared experts' output by a learned sigmoid gate per token (Qwen2-MoE).
         first_dense_layers: leave this many layers at the bottom dense (DeepSeek-V3: 3).
         every: of the layers above, make every n-th one an MoE (Switch: 2).
+        only_layers: make just these layers MoEs, by index from 0; in the place of the two above.
         capacity_factor: room of each expert in training relative to a balanced load; ``None`` drops nothing.
         eval_capacity_factor: the same in evaluation.
         drop_priority: who stays when there is no room, "choice" or "weight" (see `apply_capacity`).
@@ -54,6 +55,7 @@ class MoESpec:
     shared_gate: bool = False
     first_dense_layers: int = 0
     every: int = 1
+    only_layers: tuple[int, ...] | None = None
     capacity_factor: float | None = None
     eval_capacity_factor: float | None = None
     drop_priority: Literal["choice", "weight"] = "choice"
@@ -74,6 +76,13 @@ class MoESpec:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"moe.{name}={value} must be positive, or null to drop nothing")
+        if self.only_layers is not None:
+            if self.first_dense_layers or self.every != 1:
+                raise ValueError(
+                    "moe.only_layers says which layers are MoEs; leave out moe.first_dense_layers and moe.every"
+                )
+            if not self.only_layers or min(self.only_layers) < 0:
+                raise ValueError(f"moe.only_layers={list(self.only_layers)} must be layers from 0, at least one")
         if self.activation not in ("swiglu", "gelu"):
             raise ValueError(f"moe.activation={self.activation!r} is unknown; use 'swiglu' or 'gelu'")
         if self.drop_priority not in ("choice", "weight"):
@@ -98,11 +107,16 @@ class MoESpec:
         if isinstance(balance, dict):
             _check_keys("moe.balance", balance, BalanceConfig)
             values["balance"] = BalanceConfig(**balance)
+        if values.get("only_layers") is not None:
+            values["only_layers"] = tuple(sorted(values["only_layers"]))
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data that `from_dict` reads back."""
-        return dataclasses.asdict(self)
+        values = dataclasses.asdict(self)
+        if self.only_layers is not None:
+            values["only_layers"] = list(self.only_layers)  # as JSON has it
+        return values
 
     def hidden(self, dense_hidden: int) -> int:
         """F of an expert in a model whose dense FFN has width ``dense_hidden``."""
@@ -117,6 +131,8 @@ class MoESpec:
 
     def is_moe_layer(self, layer: int) -> bool:
         """Whether decoder layer ``layer`` (from 0) gets experts."""
+        if self.only_layers is not None:
+            return layer in self.only_layers
         above = layer - self.first_dense_layers
         return above >= 0 and (above + 1) % self.every == 0
 

@@ -70,6 +70,8 @@ class MoEForCausalLM(PreTrainedModel, GenerationMixin):
                 f"text_config.model_type={text_config.model_type!r} keeps its FFNs elsewhere than model.layers[i].mlp; "
                 "use a Llama-, Mistral- or Qwen-like decoder"
             )
+        if spec.only_layers is not None and max(spec.only_layers) >= len(layers):
+            raise ValueError(f"moe.only_layers={list(spec.only_layers)} goes beyond the {len(layers)} layers (from 0)")
         if not any(spec.is_moe_layer(index) for index in range(len(layers))):
             raise ValueError(
                 f"moe.first_dense_layers={spec.first_dense_layers} and moe.every={spec.every} leave none of the "

@@ -30,10 +30,12 @@ class TopKConfig(TopKRule, RouterConfig):
     Attributes:
         jitter: in training, multiply the router's input by U(1 - jitter, 1 + jitter) (arXiv 2101.03961; 1e-2 there).
         selection_bias: keep a bias per expert that changes who is chosen and never the weight (`balance.update_bias`).
+        frozen: do not train the gate; the only way to have top-1 with weight 1, as some converted models do.
     """
 
     jitter: float = 0.0
     selection_bias: bool = False
+    frozen: bool = False
 
     def __post_init__(self) -> None:
         if self.top_k < 1:
@@ -43,10 +45,10 @@ class TopKConfig(TopKRule, RouterConfig):
         if self.softmax_order not in ("before", "after"):
             raise ValueError(f"router.softmax_order={self.softmax_order!r} is unknown; use 'before' or 'after'")
         renormalized = self.renormalize or (self.score == "softmax" and self.softmax_order == "after")
-        if self.top_k == 1 and renormalized:
+        if self.top_k == 1 and renormalized and not self.frozen:
             raise ValueError(
                 "router.top_k=1 with renormalised weights makes every weight 1 and gives the router no gradient; "
-                "set router.renormalize=false and router.softmax_order=before, or use router.name=switch"
+                "set router.renormalize=false and router.softmax_order=before, use router.name=switch, or router.frozen=true"
             )
         if not 1 <= self.top_k_groups <= self.num_groups:
             raise ValueError(
@@ -78,7 +80,7 @@ class TopKRouter(Router):
                 f"router.top_k={config.top_k} is more than the {reachable} experts in router.top_k_groups="
                 f"{config.top_k_groups} of {config.num_groups} groups"
             )
-        self.weight = nn.Parameter(torch.empty(num_experts, dim))
+        self.weight = nn.Parameter(torch.empty(num_experts, dim), requires_grad=not config.frozen)
         if config.selection_bias:
             self.register_buffer("bias_E", torch.zeros(num_experts, dtype=torch.float32))
         self.reset_parameters(0.02)

@@ -57,7 +57,11 @@ class ModelShape:
         decoder.num_hidden_layers = num_dense + num_moe
         moe = self.moe
         if moe is not None:
-            moe = MoESpec.from_dict({**moe.to_dict(), "first_dense_layers": num_dense, "every": 1}) if num_moe else None
+            moe = (
+                MoESpec.from_dict({**moe.to_dict(), "first_dense_layers": num_dense, "every": 1, "only_layers": None})
+                if num_moe
+                else None
+            )
         return ModelShape(decoder=decoder, moe=moe, seq_len=self.seq_len, packed=self.packed)
 
     def build(self) -> PreTrainedModel:

@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -68,7 +69,7 @@ class TensorFile:
         assert name == self.names[self._next], f"{name} is out of order"
         assert (tensor.dtype, tuple(tensor.shape)) == (spec.dtype, spec.shape), f"{name} is not what was announced"
         self._next += 1
-        self._put(memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))  # type: ignore[arg-type]
+        self._put(_bytes_of(tensor))
 
     def finish(self) -> FileRecord:
         """Sync and close the complete file."""
@@ -82,8 +83,7 @@ class TensorFile:
         for start in range(0, len(data), _CHUNK):
             chunk = memoryview(data)[start : start + _CHUNK]
             self._digest.update(chunk)
-            while chunk:  # an unbuffered file may take a part
-                chunk = chunk[self._file.write(chunk) :]
+            _write_all(self._file, chunk)
 
     def __enter__(self) -> Self:
         return self
@@ -92,6 +92,68 @@ class TensorFile:
         self, kind: type[BaseException] | None, problem: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._file.close()
+
+
+class StreamedTensorFile:
+    """Writes a file whose tensors are not known beforehand: their data as they come, then the header into room kept for it.
+
+    The format allows spaces after the header's JSON.
+
+    Args:
+        path: of the file.
+        metadata: texts for its header.
+
+    Attributes:
+        num_bytes: of data so far.
+    """
+
+    HEADER_ROOM = 1 << 20
+    _ENTRY = 120  # bytes of a header's entry besides the name; sizes of more than 2^63 do not occur
+
+    def __init__(self, path: Path, metadata: Mapping[str, str]) -> None:
+        self.path, self._metadata = path, metadata
+        self.num_bytes = 0
+        self._specs: dict[str, TensorSpec] = {}
+        self._header_left = self.HEADER_ROOM - 1024
+        self._file = path.open("wb", buffering=0)
+        self._file.seek(self.HEADER_ROOM)
+
+    def has_room_for(self, name: str) -> bool:
+        """Whether the header takes another name."""
+        return self._header_left >= len(name) + self._ENTRY
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Append a tensor's data."""
+        data = _bytes_of(tensor)
+        self._specs[name] = TensorSpec(dtype=tensor.dtype, shape=tuple(tensor.shape))
+        self._header_left -= len(name) + self._ENTRY
+        self.num_bytes += len(data)
+        _write_all(self._file, data)
+
+    def finish(self) -> None:
+        """Write the header; sync and close the complete file."""
+        header = _header(self._specs, self._specs, self._metadata)[8:]
+        room = self.HEADER_ROOM - 8
+        assert len(header) <= room, f"{len(self._specs)} names need {len(header)} bytes of header"
+        self._file.seek(0)
+        _write_all(self._file, memoryview(room.to_bytes(8, "little") + header.ljust(room)))
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+    def close(self) -> None:
+        """Close a file that is given up; nothing where it was finished."""
+        self._file.close()
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
+def _write_all(file: FileIO, data: memoryview) -> None:
+    for start in range(0, len(data), _CHUNK):
+        chunk = data[start : start + _CHUNK]
+        while chunk:  # an unbuffered file may take a part
+            chunk = chunk[file.write(chunk) :]
 
 
 def _header(names: Iterable[str], specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> bytes:

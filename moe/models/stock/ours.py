@@ -1,0 +1,45 @@
+"""Our own format: the state of `MoEForCausalLM` under its own names."""
+
+from collections.abc import Iterator
+
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from moe.models.config import MoEConfig
+from moe.models.folder import ModelFolder
+from moe.models.moe_weights import MoEWeights
+
+
+class OurFormat:
+    """`MoEConfig` and `MoEForCausalLM` as they are."""
+
+    name = "moe"
+
+    def refusals(self, config: MoEConfig) -> list[str]:
+        """Nothing."""
+        return []
+
+    def to_stock(self, config: MoEConfig) -> PreTrainedConfig:
+        """The config itself."""
+        config.architectures = ["MoEForCausalLM"]
+        return config
+
+    def from_stock(self, config: PreTrainedConfig) -> MoEConfig:
+        """The config itself."""
+        assert isinstance(config, MoEConfig)
+        return config
+
+    def write_layer(self, config: MoEConfig, weights: MoEWeights, prefix: str) -> Iterator[tuple[str, Tensor]]:
+        """Stacked experts."""
+        return weights.named(f"{prefix}mlp.")
+
+    def read_layer(self, config: PreTrainedConfig, folder: ModelFolder, prefix: str) -> MoEWeights:
+        """Stacked experts."""
+        return MoEWeights.read(folder, f"{prefix}mlp.")
+
+    def is_moe_tensor(self, name: str) -> bool:
+        """What is below ``mlp``."""
+        return ".mlp." in name
+
+
+OURS = OurFormat()
