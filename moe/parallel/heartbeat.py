@@ -85,10 +85,11 @@ class Courier:
         self._server = server
         self._store = dist.TCPStore(host, port, is_master=False, timeout=_STORE_TIMEOUT, wait_for_workers=False)
         self._store.set(_key(ranks.rank), first.encode())
-        ranks.barrier()  # every key exists from here on: no read blocks for want of one
+        signs = ranks.gather(first)  # every key exists from here on: no read blocks for want of one
         self._own = first
-        self._seen: dict[int, tuple[Sign, float]] = {}
+        # Known before the first beat: rank 0 may stop before it, and the store with it.
         self._answered = time.monotonic()
+        self._seen: dict[int, tuple[Sign, float]] = {sign.rank: (sign, self._answered) for sign in signs}
         self._read_all = threading.Event()
         self._stopped = threading.Event()
         self.lost = self.verdict_is_out = False

@@ -159,11 +159,10 @@ class Watchdog:
             return
         seen = courier.seen() | {sign.rank: (sign, 0.0)}
         if courier.lost or courier.silent_seconds > self._silence:  # nobody but its host, rank 0, is known to be late
-            seen = {rank: known for rank, known in seen.items() if rank == sign.rank}
-            if sign.rank != 0 and courier.seen().get(0):
-                seen[0] = (courier.seen()[0][0], courier.silent_seconds)
-        elif len(seen) < self._ranks.world_size:
-            return  # the others have not been read yet
+            host, _ = seen[0]
+            seen = {sign.rank: (sign, 0.0)}
+            if sign.rank != 0:
+                seen[0] = (host, courier.silent_seconds)
         verdict = judge(seen, sign.rank, self._silence)
         if verdict is None:
             self._accused_since = None

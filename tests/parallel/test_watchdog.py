@@ -51,7 +51,7 @@ def _exchange(layer: str) -> None:
         dist.all_to_all_single(torch.empty_like(rows), rows)
 
 
-def _steps(rank: int, world_size: int, folder: str, culprit: int, fault: str, phase: str) -> float:
+def _steps(rank: int, world_size: int, folder: str, culprit: int, fault: str, phase: str, quick: bool = False) -> float:
     """Steps of a training; returns when the stall began, unless the process is ended before."""
     ranks = Ranks(rank=rank, world_size=world_size, device=torch.device("cpu"))
 
@@ -67,7 +67,8 @@ def _steps(rank: int, world_size: int, folder: str, culprit: int, fault: str, ph
         for current in ("loading the batch", "forward", "optimizer step"):
             watchdog.at(step, current)
             if step == STALL_STEP and current == phase and rank == culprit:
-                time.sleep(0.5)  # a sign from here gets out
+                if not quick:
+                    time.sleep(0.5)  # a sign from here gets out
                 Path(folder, "began").write_text(str(time.time()))
                 if fault == "skip":
                     dist.barrier()
@@ -82,10 +83,12 @@ def _steps(rank: int, world_size: int, folder: str, culprit: int, fault: str, ph
     return 0.0
 
 
-def stall(tmp_path: Path, culprit: int, fault: str, phase: str, world_size: int = 3) -> tuple[list[str], str, float]:
+def stall(
+    tmp_path: Path, culprit: int, fault: str, phase: str, world_size: int = 3, quick: bool = False
+) -> tuple[list[str], str, float]:
     """Let it happen: who spoke, the message, and how many seconds after the beginning."""
     with pytest.raises(RanksError) as failure:
-        run_ranks(_steps, world_size, str(tmp_path), culprit, fault, phase, timeout=60)
+        run_ranks(_steps, world_size, str(tmp_path), culprit, fault, phase, quick, timeout=60)
     assert str(STALLED_STATUS) in str(failure.value), str(failure.value)
     said = sorted(path.name for path in tmp_path.glob("said-*"))
     assert said, f"nobody was named: {failure.value}"
@@ -128,6 +131,13 @@ def test_the_late_rank_is_named_with_what_the_others_wait_for(
         assert len(said) <= 2, "without the store the ranks cannot agree on who speaks"
     else:
         assert said == ["said-1" if culprit == 0 else "said-0"], "one rank speaks"
+
+
+def test_rank_0_that_stops_before_its_first_sign(tmp_path: Path) -> None:
+    """The store stops with it, so the others never read what it does."""
+    _, message, seconds = stall(tmp_path, 0, "stop", "loading the batch", world_size=2, quick=True)
+    assert "stall: rank 0 (host " in message and "has been silent" in message
+    assert LIMIT / 2 < seconds < LIMIT + 2, f"named after {seconds:.1f} s"
 
 
 def test_a_skipped_collective_is_told_from_a_late_rank(tmp_path: Path) -> None:
