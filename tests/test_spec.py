@@ -1,6 +1,7 @@
 """`MoESpec`: plain data in and out, and errors that name the field, the value and the fix."""
 
 import json
+from typing import Any
 
 import pytest
 
@@ -52,6 +53,9 @@ def test_every_router_fits_the_default_spec(name: str) -> None:
         ({"granularity": 0}, r"moe.granularity=0 must be at least 1"),
         ({"every": 0}, r"moe.every=0 must be at least 1"),
         ({"first_dense_layers": -1}, r"moe.first_dense_layers=-1 must be at least 0"),
+        ({"only_layers": []}, r"moe.only_layers=\[\] must be layers from 0, at least one"),
+        ({"only_layers": [-1, 2]}, r"moe.only_layers=\[-1, 2\] must be layers from 0"),
+        ({"only_layers": [1], "every": 2}, r"moe.only_layers says which layers.*leave out.*moe.every"),
         ({"capacity_factor": 0.0}, r"moe.capacity_factor=0.0 must be positive, or null to drop nothing"),
         ({"eval_capacity_factor": -1.0}, r"moe.eval_capacity_factor=-1.0 must be positive"),
         ({"activation": "relu"}, r"moe.activation='relu' is unknown; use 'swiglu' or 'gelu'"),
@@ -74,10 +78,18 @@ def test_width_of_an_expert() -> None:
 
 
 def test_which_layers_become_moe() -> None:
-    def chosen(**values: int) -> list[int]:
-        return [layer for layer in range(6) if MoESpec(**values).is_moe_layer(layer)]
+    def chosen(**values: Any) -> list[int]:
+        return [layer for layer in range(6) if MoESpec.from_dict(values).is_moe_layer(layer)]
 
     assert chosen() == [0, 1, 2, 3, 4, 5]
     assert chosen(every=2) == [1, 3, 5]
     assert chosen(first_dense_layers=3) == [3, 4, 5]
     assert chosen(first_dense_layers=1, every=2) == [2, 4]
+    assert chosen(only_layers=[4, 1]) == [1, 4]
+
+
+def test_chosen_layers_are_plain_data() -> None:
+    """As JSON and back: a model's config.json keeps them."""
+    spec = MoESpec.from_dict({"only_layers": [4, 1]})
+    assert json.loads(json.dumps(spec.to_dict()))["only_layers"] == [1, 4]
+    assert MoESpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec

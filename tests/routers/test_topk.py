@@ -199,3 +199,12 @@ def test_single_choice_that_learns_is_allowed() -> None:
         routing = router(torch.randn(T, E))
         routing.weights_N.sum().backward()
         assert router.weight.grad.abs().max() > 1e-3
+
+
+def test_frozen_gate_may_have_weight_one_and_gets_no_gradient() -> None:
+    router = make_router(E, E, logits=True, name="topk", top_k=1, frozen=True)
+    x_TD = torch.randn(T, E, requires_grad=True)
+    routing = router(x_TD)
+    assert torch.equal(routing.weights_N, torch.ones(T))
+    assert torch.equal(routing.expert_ids_N, x_TD.argmax(-1))
+    assert not router.weight.requires_grad
