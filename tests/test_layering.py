@@ -15,7 +15,7 @@ LAYERS = (
     ("parallel",),
     ("models", "convert", "scaling", "quant"),
     ("train",),
-    ("cli", "launch", "__main__", "configs"),
+    ("cli", "commands", "launch", "__main__", "configs"),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 COMMUNICATION = ("torch.distributed", "deepspeed.comm")

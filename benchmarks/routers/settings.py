@@ -104,6 +104,7 @@ TEXT: tuple[TextSetting, ...] = (
     TextSetting(name="hash", note="by vocabulary id, nothing learned", **WIDE),
     TextSetting(name="kmeans", options=lambda steps: {"update_every": max(steps // 10, 1)}, **WIDE),
     _top_k("round_robin", note="by place in the batch, nothing learned"),
+    _top_k("cmoe"),
 )
 
 
@@ -170,6 +171,7 @@ def _gates(top_k: int) -> tuple[GateSetting, ...]:
         GateSetting(name="kmeans", options=lambda steps: {"update_every": max(steps // 10, 1)}),
         GateSetting(name="hash", options=lambda steps: both, note="ids say nothing about the example"),
         GateSetting(name="round_robin", options=lambda steps: both, note="nothing learned"),
+        GateSetting(name="cmoe", options=lambda steps: both),
         GateSetting(name="soft", left_out=_MIXES),
         GateSetting(name="mixture_of_tokens", left_out=_MIXES),
     )

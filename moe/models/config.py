@@ -16,6 +16,7 @@ class MoEConfig(PreTrainedConfig):
     Attributes:
         text_config: the dense decoder (a config, or its dict with ``model_type``), whose FFN width is that of dense layers.
         moe: an `MoESpec` as plain data; checked here, so that a wrong key fails when the config is made.
+        mup: widths of the base model of the muP parametrization (`moe.scaling.mup`); ``None`` for the standard one.
         tie_word_embeddings: taken from ``text_config``.
     """
 
@@ -24,6 +25,7 @@ class MoEConfig(PreTrainedConfig):
 
     text_config: dict | PreTrainedConfig | None = None
     moe: dict | None = None
+    mup: dict | None = None
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:

@@ -24,6 +24,11 @@ def cut_windows(token_ids: list[int], window: int, max_windows: int | None) -> T
     return torch.tensor(token_ids[: num_windows * window]).view(num_windows, window)
 
 
+def perplexity_of(loss: float) -> float:
+    """exp of a loss in nats per token, kept below the largest float."""
+    return math.exp(min(loss, 700))
+
+
 @torch.no_grad()
 def perplexity(
     model: nn.Module, windows_BL: Tensor, progress: Callable[[int, int], None] | None = None, batch_size: int = 4
@@ -43,10 +48,10 @@ def perplexity(
     total, count = 0.0, 0
     for start in range(0, len(windows_BL), batch_size):
         chunk = windows_BL[start : start + batch_size].to(device)
-        logits = model(input_ids=chunk).logits[:, :-1].float()
+        logits = model(input_ids=chunk, use_cache=False).logits[:, :-1].float()
         losses = nn.functional.cross_entropy(logits.flatten(0, 1), chunk[:, 1:].flatten(), reduction="sum")
         total, count = total + losses.item(), count + chunk[:, 1:].numel()
         if progress is not None:
             progress(min(start + batch_size, len(windows_BL)), len(windows_BL))
     loss = total / count
-    return {"loss": loss, "perplexity": math.exp(min(loss, 700)), "tokens": count, "windows": len(windows_BL)}
+    return {"loss": loss, "perplexity": perplexity_of(loss), "tokens": count, "windows": len(windows_BL)}

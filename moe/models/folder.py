@@ -7,6 +7,7 @@ the folder gets its name when it is complete, so a killed conversion leaves noth
 import json
 import shutil
 import uuid
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -165,14 +166,22 @@ class FolderWriter:
         small = not shard.num_bytes or shard.num_bytes + size <= self._shard_bytes
         return small and shard.has_room_for(name)
 
-    def finish(self, config: PreTrainedConfig, sidecars: list[Path], texts: dict[str, str] | None = None) -> Path:
-        """Write config, copied files and texts (by file name), and give the folder its name."""
+    def finish(
+        self,
+        config: PreTrainedConfig,
+        sidecars: list[Path],
+        texts: dict[str, str] | None = None,
+        check: Callable[[Path], None] | None = None,
+    ) -> Path:
+        """Write config, copied files and texts (by file name), let ``check`` see the folder, and give it its name."""
         self._finish_shards()
         config.save_pretrained(self.partial)
         for file in sidecars:
             shutil.copyfile(file, self.partial / file.name)
         for name, text in (texts or {}).items():
             (self.partial / name).write_text(text, encoding="utf-8")
+        if check is not None:
+            check(self.partial)
         self.partial.rename(self.out)
         return self.out
 

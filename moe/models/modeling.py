@@ -19,6 +19,7 @@ from moe.layer import MoELayer, moe_layers, notice_optimizer_step
 from moe.models.config import MoEConfig
 from moe.observe import RoutingContext, record_loss_scale
 from moe.routers import ROUTERS
+from moe.scaling.mup import scale_initial
 
 # Config fields by which some decoders change the logits after `lm_head`, with the values that do nothing; ours never does.
 LOGIT_CHANGES = {
@@ -92,10 +93,12 @@ class MoEForCausalLM(PreTrainedModel, GenerationMixin):
     @guard_torch_init_functions()  # makes nn.init.* leave loaded weights alone
     def initialize_weights(self) -> None:
         """Initialise what is not loaded; transformers dispatches to the decoder's own rule, which skips our layers."""
+        fresh = {name for name, parameter in self.named_parameters() if not _is_loaded(parameter)}
         super().initialize_weights()
         std = getattr(self.config.text_config, "initializer_range", 0.02)
         for layer in moe_layers(self).values():
             layer.reset_parameters(std)
+        scale_initial(self, fresh)
 
     def train(self, mode: bool = True) -> Self:
         """As any module; evaluation sees the selection bias after the last optimizer step."""
@@ -185,6 +188,11 @@ class MoEForCausalLM(PreTrainedModel, GenerationMixin):
         if num_items is not None:  # the loss is a part of the step's mean, so auxiliary losses must be too
             share = (shift_labels != -100).sum().to(loss.device) / torch.as_tensor(num_items, device=loss.device)
         return record_loss_scale(loss, self.routing_context, share)
+
+
+def _is_loaded(parameter: nn.Parameter) -> bool:
+    """Whether transformers marked the values as those of a checkpoint."""
+    return getattr(parameter, "_is_hf_initialized", False)
 
 
 def register() -> None:

@@ -6,6 +6,7 @@ Legend: D model, F expert FFN, H = 2F (SwiGLU: gate rows, then up rows) or F, E 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from moe.models.folder import ModelFolder
@@ -45,7 +46,11 @@ class MoEWeights:
 
     @classmethod
     def read(cls, folder: ModelFolder, prefix: str) -> "MoEWeights":
-        """The layer at ``prefix`` of a folder of `MoEForCausalLM`."""
+        """The layer at ``prefix`` of a folder of `MoEForCausalLM`.
+
+        Around decoders of architectures that have experts themselves, such as OLMoE, `save_pretrained` writes the experts one
+        by one, in the form of those.
+        """
 
         def get(name: str) -> Tensor | None:
             return folder.read(prefix + name) if prefix + name in folder else None
@@ -53,9 +58,21 @@ class MoEWeights:
         start = f"{prefix}router."
         return cls(
             router={name.removeprefix(start): folder.read(name) for name in folder.names if name.startswith(start)},
-            gate_up_EHD=folder.read(f"{prefix}experts.gate_up_proj"),
-            down_EDF=folder.read(f"{prefix}experts.down_proj"),
+            gate_up_EHD=_stacked(folder, prefix, "gate_up_proj", ("gate_proj", "up_proj")),
+            down_EDF=_stacked(folder, prefix, "down_proj", ("down_proj",)),
             shared_gate_up_HD=get("shared_experts.gate_up_proj.weight"),
             shared_down_DF=get("shared_experts.down_proj.weight"),
             shared_gate_1D=get("shared_experts.gate.weight"),
         )
+
+
+def _stacked(folder: ModelFolder, prefix: str, name: str, parts: tuple[str, ...]) -> Tensor:
+    """A weight of all experts, stored whole or as parts of each."""
+    if f"{prefix}experts.{name}" in folder:
+        return folder.read(f"{prefix}experts.{name}")
+    found: list[Tensor] = []
+    while (stem := f"{prefix}experts.{len(found)}.") + f"{parts[0]}.weight" in folder:
+        found.append(torch.cat([folder.read(f"{stem}{part}.weight") for part in parts]))
+    if not found:
+        raise ValueError(f"{folder.path} has no tensor {prefix}experts.{name}")
+    return torch.stack(found)

@@ -25,9 +25,11 @@ def full_gradient(parameter: nn.Parameter) -> Tensor:
 
 
 def full_weight(engine: "Engine", parameter: nn.Parameter) -> Tensor:
-    """The fp32 master weight."""
+    """The fp32 master weight; of a frozen parameter, which has none, its own value."""
     from deepspeed.utils import safe_get_full_fp32_param
 
+    if not parameter.requires_grad:
+        return _frozen_weight(parameter)
     whole = safe_get_full_fp32_param(parameter)
     if whole is None:
         whole = _master(engine, parameter)
@@ -76,6 +78,9 @@ def link_moments(engine: "Engine") -> None:
 
 def set_full(engine: "Engine", parameter: Any, weight: Tensor, moments: dict[str, Tensor]) -> None:
     """Write a whole fp32 weight and its moments into this rank's pieces, and the compute weight with them."""
+    if not parameter.requires_grad:
+        _set_frozen(parameter, weight)
+        return
     if hasattr(parameter, "ds_id"):  # ZeRO 3
         _set_partition(parameter, weight, None)
         for key, moment in moments.items():
@@ -107,13 +112,36 @@ def computes_with(parameter: Any, weight: Tensor) -> bool:
     return torch.equal(mine, rounded) or torch.allclose(mine, rounded, rtol=0.0, atol=0.0, equal_nan=True)
 
 
-def _set_partition(parameter: Any, whole: Tensor, key: str | None) -> None:
-    """DeepSpeed's own setter overruns the end where the parameter does not divide evenly; pad, and set the piece."""
+def _frozen_weight(parameter: nn.Parameter) -> Tensor:
+    """ZeRO 3 holds it in pieces too, and its optimizer knows nothing of it."""
+    if not hasattr(parameter, "ds_id"):
+        return parameter.detach().float()
+    from deepspeed.runtime.zero import GatheredParameters
+
+    with GatheredParameters([parameter]):
+        return parameter.detach().float().clone()
+
+
+def _set_frozen(parameter: Any, weight: Tensor) -> None:
+    if hasattr(parameter, "ds_id"):
+        parameter.ds_tensor.data.copy_(_piece(parameter, weight))
+    else:
+        parameter.data.copy_(weight)
+
+
+def _piece(parameter: Any, whole: Tensor) -> Tensor:
+    """This rank's piece at ZeRO 3, padded where the parameter does not divide evenly."""
     piece_numel, rank = parameter.ds_tensor.numel(), parameter.ds_zero_partition_rank
     flat = whole.flatten()
     piece = flat.new_zeros(piece_numel)
     mine = flat[rank * piece_numel : (rank + 1) * piece_numel]
     piece[: mine.numel()] = mine
+    return piece
+
+
+def _set_partition(parameter: Any, whole: Tensor, key: str | None) -> None:
+    """DeepSpeed's own setter overruns the end where the parameter does not divide evenly."""
+    piece = _piece(parameter, whole)
     parameter._z3_optimizer.set_local_hp_param(piece, parameter, key)
     if key is None:
         parameter.ds_tensor.data.copy_(piece)

@@ -5,6 +5,7 @@ from typing import Any
 
 from moe.errors import nearest
 from moe.routers.base import Router, RouterConfig, StepLoad
+from moe.routers.cmoe import CMoERouter
 from moe.routers.dense_to_sparse import DenseToSparseRouter
 from moe.routers.dselect_k import DSelectKRouter
 from moe.routers.expert_choice import ExpertChoiceRouter
@@ -47,6 +48,7 @@ ROUTERS: dict[str, type[Router]] = {
     "mixture_of_tokens": MixtureOfTokensRouter,
     "expert_choice": ExpertChoiceRouter,
     "sinkhorn": SinkhornRouter,
+    "cmoe": CMoERouter,
 }
 
 

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,20 @@ class StepLoad:
     counts_E: Tensor
     model_density: Tensor | None
     reduce: Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class WidthRole:
+    """How a router's tensor takes part in growing width; `moe.scaling.mup` makes factors of it.
+
+    Attributes:
+        role: "output" (D -> finite), "hidden" (the same where a size of its own matters, as of a neuron), "unit_input" (D -> finite
+            for tokens of unit length), "normalized" (used divided by its norm over D), or "vector".
+        init_exponent: e where its initial deviation goes as D ** -e.
+    """
+
+    role: Literal["output", "hidden", "unit_input", "normalized", "vector"]
+    init_exponent: float = 0.0
 
 
 class Router(nn.Module, ABC):
@@ -74,6 +88,13 @@ class Router(nn.Module, ABC):
     @abstractmethod
     def mean_experts_per_token(self) -> float:
         """Expert evaluations per token, on average over many tokens; what FLOP and parameter counts use."""
+
+    def width_roles(self) -> dict[str, WidthRole]:
+        """Role of each parameter under muP: matrices map D to a number that does not grow with it, and the rest are vectors."""
+        return {
+            name: WidthRole(role="output" if parameter.dim() >= 2 else "vector")
+            for name, parameter in self.named_parameters()
+        }
 
     def after_step(self, load: StepLoad) -> None:
         """Called once per applied optimizer step, without gradients; schedules and controllers move here."""

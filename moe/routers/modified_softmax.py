@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from moe.routers.base import WidthRole
 from moe.routers.topk import TopKConfig, TopKRouter
 
 
@@ -65,3 +66,8 @@ class ModifiedSoftmaxRouter(TopKRouter):
     def logits(self, x_TD: Tensor) -> Tensor:
         """(T, E) fp32 M(x) b1 + b0."""
         return F.linear(TRANSFORMS[self.config.transform](x_TD), self.weight.float(), self.bias.float())
+
+    def width_roles(self) -> dict[str, WidthRole]:
+        """Normalised tokens have length 1 at any width."""
+        role = WidthRole(role="unit_input" if self.config.transform == "normalize" else "output")
+        return super().width_roles() | {"weight": role}

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from moe.routers.assemble import routing_of_choices
 from moe.routers.assignment import balanced_assignment, sinkhorn_prices
-from moe.routers.base import Router, RouterConfig, check_top_k
+from moe.routers.base import Router, RouterConfig, WidthRole, check_top_k
 from moe.routers.groups import GroupKind, TokenGroups, check_group, describe_leak, group_tokens
 from moe.types import NO_INFO, Routing, TokenInfo
 
@@ -90,6 +90,10 @@ class SinkhornRouter(Router):
             nn.init.normal_(self.weight, std=std)
         elif not self.weight.is_meta:  # has no values there, and orthogonal_ needs some
             nn.init.orthogonal_(self.weight, gain=0.1)
+
+    def width_roles(self) -> dict[str, WidthRole]:
+        """Orthogonal rows have a length that does not depend on D."""
+        return {"weight": WidthRole(role="output", init_exponent=0.5 if self.config.init == "orthogonal" else 0.0)}
 
     @property
     def mean_experts_per_token(self) -> float:

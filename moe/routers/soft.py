@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moe.routers.base import Router, RouterConfig
+from moe.routers.base import Router, RouterConfig, WidthRole
 from moe.routers.groups import check_group, describe_leak, group_tokens, softmax_over_rows, warn_of_extra_work
 from moe.types import NO_INFO, SoftRouting, TokenInfo
 
@@ -79,6 +79,11 @@ class SoftRouter(Router):
         nn.init.normal_(self.weight, std=self.dim**-0.5)
         if self.config.normalize:
             nn.init.ones_(self.scale)
+
+    def width_roles(self) -> dict[str, WidthRole]:
+        """With ``normalize`` only the direction of a slot's vector counts."""
+        role = WidthRole(role="normalized" if self.config.normalize else "output", init_exponent=0.5)
+        return super().width_roles() | {"weight": role}
 
     @property
     def mean_experts_per_token(self) -> float:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from moe.routers.base import WidthRole
 from moe.routers.topk import TopKConfig, TopKRouter
 
 
@@ -31,3 +32,7 @@ class SwitchRouter(TopKRouter):
         """Truncated normal of std sqrt(init_scale / D), whatever the model's own range."""
         std = (self.config.init_scale / self.dim) ** 0.5
         nn.init.trunc_normal_(self.weight, std=std, a=-2 * std, b=2 * std)
+
+    def width_roles(self) -> dict[str, WidthRole]:
+        """The paper's initialisation shrinks with D."""
+        return super().width_roles() | {"weight": WidthRole(role="output", init_exponent=0.5)}

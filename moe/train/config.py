@@ -61,6 +61,10 @@ class OptimConfig(_Section):
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.1, ge=0, description="of matrices; norms and biases have none")
     clip: float = Field(default=1.0, ge=0, description="largest global gradient norm; 0 does not clip")
+    freeze_routers: bool = Field(
+        default=False,
+        description="do not train routers; for carved models, whose gates are far smaller than a step of AdamW",
+    )
     schedule: Literal["wsd", "cosine", "constant"] = "wsd"
     warmup_steps: int = Field(default=20, ge=0, description="linear warm-up from 0")
     decay_fraction: float = Field(default=0.2, ge=0, le=1, description="wsd: last share of the steps that decays")
@@ -170,6 +174,27 @@ class LogConfig(_Section):
         return "off" if value is False else value  # YAML reads a bare `off` as false
 
 
+class ParametrizationConfig(_Section):
+    """How initial values and learning rates follow the width; `docs/mup.md`."""
+
+    name: Literal["standard", "mup"] = "standard"
+    base: dict[str, int] | None = Field(
+        default=None,
+        description="mup: hidden_size, intermediate_size, num_attention_heads, ... of the tuned narrow model",
+    )
+
+    @model_validator(mode="after")
+    def _has_base(self) -> "ParametrizationConfig":
+        if self.name == "mup" and not self.base:
+            raise ValueError(
+                "parametrization.name=mup needs parametrization.base: the widths of the model whose hyper-parameters these "
+                "are, such as {hidden_size: 128, intermediate_size: 384, num_attention_heads: 4}"
+            )
+        if self.name == "standard" and self.base is not None:
+            raise ValueError("parametrization.base is for parametrization.name=mup; set that name, or remove the base")
+        return self
+
+
 class RunConfig(_Section):
     """Everything about a run."""
 
@@ -177,6 +202,7 @@ class RunConfig(_Section):
     seed: int = Field(default=0, ge=0, description="of the initial weights; data has its own")
     model: ModelConfig = ModelConfig()
     moe: dict[str, Any] | None = Field(default=None, description="an MoESpec; null trains the dense decoder")
+    parametrization: ParametrizationConfig = ParametrizationConfig()
     data: DataConfig = DataConfig()
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()

@@ -11,9 +11,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from moe.experts import set_ffn_options
 from moe.layer import moe_layers
-from moe.models import MoEConfig
+from moe.models import MoEConfig, MoEForCausalLM
 from moe.parallel.ranks import Ranks
 from moe.routers import parse_router
+from moe.scaling import mup
 from moe.train.config import RunConfig
 from moe.train.data import PackedDataset, StreamingPackedDataset
 from moe.types import FFNOptions
@@ -30,6 +31,7 @@ def build_config(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> PreTr
     if config.model.init_from is not None:
         model_config = AutoConfig.from_pretrained(config.model.init_from)
         decoder = model_config.get_text_config()
+        _check_same_base(config, getattr(model_config, "mup", None))
     else:
         fields = {"vocab_size": len(tokenizer), **config.model.decoder}
         for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
@@ -38,6 +40,9 @@ def build_config(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> PreTr
         model_config = (
             decoder if config.moe is None else MoEConfig(text_config=decoder, moe=_with_vocab_size(config.moe, decoder))
         )
+        if (base := config.parametrization.base) is not None:
+            mup.check_base(base, model_config)
+            model_config.mup = base
     if decoder.vocab_size < len(tokenizer):
         raise ValueError(
             f"model.decoder.vocab_size={decoder.vocab_size} is below the tokenizer's {len(tokenizer)}; raise or remove it"
@@ -48,6 +53,17 @@ def build_config(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> PreTr
             f"{config.data.seq_len}; raise it"
         )
     return model_config
+
+
+def _check_same_base(config: RunConfig, saved: dict[str, int] | None) -> None:
+    """A model keeps the parametrization that it was made with."""
+    asked = config.parametrization.base
+    if asked is not None and asked != saved:
+        made = "the standard parametrization" if saved is None else f"parametrization.base={saved}"
+        raise ValueError(
+            f"model.init_from={config.model.init_from} was made with {made}, not with parametrization.base={asked}; remove "
+            "parametrization: the model's own is used"
+        )
 
 
 def _with_vocab_size(moe: dict[str, Any], decoder: PreTrainedConfig) -> dict[str, Any]:
@@ -65,7 +81,12 @@ def build_model(config: RunConfig, model_config: PreTrainedConfig) -> PreTrained
         model = AutoModelForCausalLM.from_pretrained(config.model.init_from, dtype=torch.float32)
     else:
         model = AutoModelForCausalLM.from_config(model_config, dtype=torch.float32)
+        if not isinstance(model, MoEForCausalLM):  # ours does so itself
+            mup.scale_initial(model)
     model.config.use_cache = False
+    if config.optim.freeze_routers:
+        for layer in moe_layers(model).values():
+            layer.router.requires_grad_(False)
     set_ffn_options(
         model, FFNOptions(recompute=config.train.recompute_experts, fp8=config.train.expert_precision == "fp8")
     )

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import nn
 
+from moe.scaling.mup import width_factors
 from moe.train.config import OptimConfig
 
 
@@ -28,9 +29,23 @@ def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:
 
 
 def param_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
-    """Optimizer groups by parameter name: matrices decay, vectors (norms, biases) do not."""
-    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    """Optimizer groups by parameter name: matrices decay, vectors (norms, biases) do not; muP may part them further.
+
+    A group's ``lr_scale`` is the factor on the learning rate that its parameters take.
+    """
+    factors = width_factors(model)
+    found: dict[tuple[bool, float, float], list[str]] = {(True, 1.0, 1.0): [], (False, 1.0, 1.0): []}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            of = factors[name]
+            found.setdefault((parameter.dim() >= 2, of.lr, of.weight_decay), []).append(name)
     return [
-        {"name": "decay", "params": [n for n, p in named if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"name": "no_decay", "params": [n for n, p in named if p.dim() < 2], "weight_decay": 0.0},
+        {
+            "name": ("decay" if decays else "no_decay") + ("" if lr == 1.0 else f" lr x {lr:g}"),
+            "params": names,
+            "weight_decay": config.weight_decay * weight_decay if decays else 0.0,
+            "eps": config.eps * lr,
+            "lr_scale": lr,
+        }
+        for (decays, lr, weight_decay), names in found.items()
     ]

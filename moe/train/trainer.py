@@ -233,7 +233,7 @@ class Trainer:
         started = time.monotonic()
         lr = learning_rate(self.config.optim, self.step, self.config.train.steps)
         for group in self.engine.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_scale"]
         self.watchdog.at(self.step, "loading the batch")
         batches = [self._own_piece(batch) for batch in self.loader.next_step()]
         labels = sum(int((batch.labels_BL != -100).sum()) for batch in batches)

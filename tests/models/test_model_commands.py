@@ -9,34 +9,20 @@ import sys
 from pathlib import Path
 
 import pytest
-from models.tiny import make_model
+from helpers.model_folder import TEXT, write_model
 from typer.testing import CliRunner, Result
 
 from moe.cli import app
 from moe.models import MoEForCausalLM
 from moe.models.evaluate import cut_windows, perplexity
 
-TEXT = "the cat sat on the mat, and the dog sat on the cat; naïve 猫\n" * 12
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """``model`` with a byte-level tokenizer trained on the text, and ``text.txt``."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
+    """``model``, trained on nothing, with a tokenizer trained on the text, and ``text.txt``."""
     path = tmp_path_factory.mktemp("commands")
     (path / "text.txt").write_text(TEXT, encoding="utf-8")
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<|end|>"], initial_alphabet=alphabet)
-    tokenizer.train_from_iterator([TEXT], trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>")
-    fast.save_pretrained(path / "model")
-    decoder = {"vocab_size": len(fast), "bos_token_id": None, "eos_token_id": 0, "pad_token_id": None}
-    make_model(decoder=decoder, num_shared_experts=1).eval().save_pretrained(path / "model")
+    write_model(path / "model")
     return path
 
 

@@ -61,6 +61,7 @@ OPTIONS: dict[str, list[dict]] = {
     "soft": [{}, {"group": "position", "group_size": 3, "capacity_factor": 2.0}],
     "mixture_of_tokens": [{"sparse_after": 0}, {"sparse_after": 0, "sparse_top_k": 3, "learn_temperature": True}],
     "expert_choice": [{"group": "batch"}, {"capacity": 8.0}, {"group": "sequence", "capacity": 0.5}],
+    "cmoe": [{}, {"top_k": 1}, {"num_groups": 2, "top_k_groups": 1, "top_k": 3}],
     "sinkhorn": [{}, {"top_k": 2, "max_iterations": 3}, {"assignment": "optimal"}, {"group": "position"}],
 }
 VARIANTS = [(name, options) for name in ROUTERS for options in OPTIONS.get(name, [{}])]

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import Protocol
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
@@ -14,10 +15,15 @@ from moe.models.moe_weights import MoEWeights
 class Format(Protocol):
     """A checkpoint format; tensors outside the MoE layers have the same names in all of them."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """Its key in `FORMATS`."""
 
     def refusals(self, config: MoEConfig) -> list[str]:
         """What of a model this format cannot express, one sentence per property with its value; empty where it fits."""
+
+    def notes(self, config: MoEConfig) -> list[str]:
+        """Which weights are rewritten so that the model fits, one sentence each; empty where all stay as they are."""
 
     def to_stock(self, config: MoEConfig) -> PreTrainedConfig:
         """The config that the format's readers need."""
@@ -31,6 +37,9 @@ class Format(Protocol):
 
     def write_layer(self, config: MoEConfig, weights: MoEWeights, prefix: str) -> Iterator[tuple[str, Tensor]]:
         """Names and tensors of one MoE layer; ``prefix`` is ``model.layers.N.``."""
+
+    def added(self, config: MoEConfig, dtype: torch.dtype, prefix: str) -> Iterator[tuple[str, Tensor]]:
+        """Names and tensors that the format wants in any layer beyond those of the source, in ``dtype``."""
 
     def read_layer(self, config: PreTrainedConfig, folder: ModelFolder, prefix: str) -> MoEWeights:
         """One MoE layer of a folder in this format."""

@@ -1,7 +1,9 @@
 """Our own format: the state of `MoEForCausalLM` under its own names."""
 
+import copy
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
@@ -19,10 +21,15 @@ class OurFormat:
         """Nothing."""
         return []
 
+    def notes(self, config: MoEConfig) -> list[str]:
+        """Nothing."""
+        return []
+
     def to_stock(self, config: MoEConfig) -> PreTrainedConfig:
-        """The config itself."""
-        config.architectures = ["MoEForCausalLM"]
-        return config
+        """A copy of the config."""
+        made = copy.deepcopy(config)
+        made.architectures = ["MoEForCausalLM"]
+        return made
 
     def from_stock(self, config: PreTrainedConfig) -> MoEConfig:
         """The config itself."""
@@ -32,6 +39,10 @@ class OurFormat:
     def write_layer(self, config: MoEConfig, weights: MoEWeights, prefix: str) -> Iterator[tuple[str, Tensor]]:
         """Stacked experts."""
         return weights.named(f"{prefix}mlp.")
+
+    def added(self, config: MoEConfig, dtype: torch.dtype, prefix: str) -> Iterator[tuple[str, Tensor]]:
+        """Nothing."""
+        return iter(())
 
     def read_layer(self, config: PreTrainedConfig, folder: ModelFolder, prefix: str) -> MoEWeights:
         """Stacked experts."""

@@ -1,17 +1,22 @@
 """Writes a converted model, layer by layer: the one place through which upcycling, carving, export and import all go."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from moe.models.config import MoEConfig
 from moe.models.folder import SHARD_BYTES, FolderWriter, ModelFolder
 from moe.models.moe_weights import MoEWeights
 from moe.models.stock import FORMATS
+from moe.models.stock.decoder import decoder_config
+from moe.routers import ROUTERS
 
+# Buffers whose small steps would vanish in half precision, by our names and by the stock ones.
+_FP32 = (*sorted({name for router in ROUTERS.values() for name in router.fp32_buffers}), "e_score_correction_bias")
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 
@@ -50,6 +55,8 @@ def write_model(
     to: str,
     progress: Callable[[int, int], None] | None = None,
     shard_bytes: int = SHARD_BYTES,
+    dtype: torch.dtype | None = None,
+    check: Callable[[Path], None] | None = None,
 ) -> Path:
     """Write the folder ``out`` in the format ``to``; memory is that of one layer.
 
@@ -59,32 +66,64 @@ def write_model(
         to: a key of `FORMATS`.
         progress: called with layers done and in all.
         shard_bytes: largest weights file, unless one tensor is larger.
+        dtype: of the weights; by default as they come. Selection biases stay fp32.
+        check: called with the complete folder before it gets its name; what it raises makes the folder vanish.
 
     Raises:
         ValueError: ``out`` exists, the model does not fit the format, or the source is damaged.
     """
     check_fits(conversion.config, to)
     spec, source = conversion.config.spec, conversion.source
-    read = conversion.read or source.read
+    num_layers = decoder_config(conversion.config).num_hidden_layers
     by_layer = _names_by_layer(source)
-    num_layers = len(by_layer) - 1
     with FolderWriter(out, shard_bytes) as writer:
+        sink = _Sink(writer, dtype)
+        read = conversion.read or source.read
         for name in by_layer.pop(None):
-            writer.add(name, read(name))
-        for layer, names in sorted(by_layer.items()):
-            assert layer is not None
-            is_moe = spec.is_moe_layer(layer)
-            for name in names:
+            sink.add(name, read(name))
+        # Multi-token prediction layers, which released checkpoints have above the last one, stay behind.
+        for layer in range(num_layers):
+            is_moe, prefix = spec.is_moe_layer(layer), f"model.layers.{layer}."
+            for name in by_layer.get(layer, []):
                 if not (is_moe and conversion.replaced(layer, name)):
-                    writer.add(name, read(name))
+                    sink.add(name, read(name))
+            sink.add_all(FORMATS[to].added(conversion.config, sink.main_dtype, prefix))
             if is_moe:
                 weights = conversion.layer_weights(layer)
-                for name, tensor in FORMATS[to].write_layer(conversion.config, weights, f"model.layers.{layer}."):
-                    writer.add(name, tensor)
+                sink.add_all(FORMATS[to].write_layer(conversion.config, weights, prefix))
                 del weights
             if progress is not None:
                 progress(layer + 1, num_layers)
-        return writer.finish(FORMATS[to].to_stock(conversion.config), source.sidecars(), conversion.texts)
+        config = FORMATS[to].to_stock(conversion.config)
+        for part in (config, config.get_text_config()):
+            part.dtype = sink.main_dtype
+        return writer.finish(config, source.sidecars(), conversion.texts, check)
+
+
+class _Sink:
+    """Converts tensors on their way to the writer."""
+
+    def __init__(self, writer: FolderWriter, dtype: torch.dtype | None) -> None:
+        self._writer, self._dtype = writer, dtype
+        self._first: torch.dtype | None = None
+
+    @property
+    def main_dtype(self) -> torch.dtype:
+        """Of the first tensor, an embedding: what the config says."""
+        assert self._first is not None, "a model has embeddings"
+        return self._first
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Convert and append."""
+        if self._dtype is not None and tensor.is_floating_point() and not name.endswith(_FP32):
+            tensor = tensor.to(self._dtype)
+        self._first = self._first or tensor.dtype
+        self._writer.add(name, tensor)
+
+    def add_all(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Convert and append several."""
+        for name, tensor in tensors:
+            self.add(name, tensor)
 
 
 def _names_by_layer(source: ModelFolder) -> dict[int | None, list[str]]:

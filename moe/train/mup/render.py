@@ -1,0 +1,74 @@
+"""Tables and pictures of checks and sweeps."""
+
+from pathlib import Path
+from typing import Any
+
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from rich.console import Console
+from rich.table import Table
+
+from moe.scaling.coordinates import ACTIVATION, UPDATE, Verdict
+from moe.train.formats import compact
+from moe.train.mup.check import LIMIT, CheckResult
+from moe.train.picture_style import LIGHT, new_figure, style_axes
+
+
+def render_check(result: CheckResult, console: Console) -> None:
+    """A row for each kind of module at the last step, and every size that fails at any step."""
+    last = result.options.num_steps
+    values = sorted(set(result.options.values))
+    table = Table(title=f"after {last} steps, {result.parametrization} parametrization", title_justify="left")
+    for name in ("module", "quantity", *(f"{result.options.axis} {value}" for value in values), "change", ""):
+        table.add_column(name, justify="left" if name in ("module", "quantity", "") else "right", no_wrap=True)
+    for verdict in result.verdicts:
+        if verdict.step == last:
+            table.add_row(*_cells(verdict, values))
+    console.print(table)
+    for verdict in result.failed:
+        if verdict.step != last:
+            console.print(
+                f"step {verdict.step}: {verdict.quantity} of {verdict.module} changes by {verdict.change:.0%}"
+            )
+    failed = {verdict.module for verdict in result.failed}
+    console.print(
+        f"pass: nothing changes by more than {LIMIT:.0%} over {result.options.axis} {values[0]} to {values[-1]}"
+        if not failed
+        else f"fail: {len(failed)} kinds of modules change by more than {LIMIT:.0%}: {', '.join(sorted(failed))}"
+    )
+
+
+def _cells(verdict: Verdict, values: list[int]) -> list[str]:
+    sizes = [f"{verdict.sizes[value]:.4f}" for value in values]
+    mark = "not judged" if not verdict.judged else "ok" if verdict.change <= LIMIT else "FAIL"
+    return [verdict.module, verdict.quantity, *sizes, f"{verdict.change:.0%}", mark]
+
+
+def draw_check(results: list[CheckResult], path: Path) -> None:
+    """A PNG: sizes at the last step over the axis, activations above and updates below, a column per parametrization."""
+    figure, panels = new_figure(7.0, rows=2, columns=len(results), width=6.2 * len(results))
+    for column, result in enumerate(results):
+        for row, quantity in enumerate((ACTIVATION, UPDATE)):
+            axes = panels[row * len(results) + column]
+            style_axes(axes, LIGHT, f"{result.parametrization}: {quantity} after {result.options.num_steps} steps")
+            for verdict in result.verdicts:
+                if verdict.step == result.options.num_steps and verdict.quantity == quantity:
+                    look: dict[str, Any] = {} if verdict.judged else {"linestyle": "--", "alpha": 0.5}
+                    axes.plot(
+                        *zip(*verdict.sizes.items(), strict=True), marker="o", markersize=3, linewidth=1.4, **look
+                    )
+            _log_axis(axes, sorted(set(result.options.values)), result.options.axis)
+            axes.set_yscale("log")
+    low = min(axes.get_ylim()[0] for axes in panels)
+    high = max(axes.get_ylim()[1] for axes in panels)
+    for axes in panels:
+        axes.set_ylim(low, high)
+    figure.set_facecolor(LIGHT.page)
+    figure.savefig(path, format="png", facecolor=LIGHT.page)
+
+
+def _log_axis(axes: Any, values: list[int], name: str) -> None:
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_locator(FixedLocator(values))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: compact(value)))
+    axes.set_xlabel(name, color=LIGHT.muted)

@@ -1,0 +1,53 @@
+"""ExpertWeaver's carving: profiles, balanced k-means, the gate of mean rows."""
+
+import pytest
+import torch
+from convert.carve.carve_case import SHAPE, F, generator, make_case
+
+from moe.convert.carve.weaver import balanced_kmeans, carve, gate_profiles
+
+
+def test_profiles_are_means_over_windows() -> None:
+    case = make_case()
+    profiles_FP = gate_profiles(case.ffn.gate_FD, case.inputs)
+    for window in range(5):
+        rows_TD = case.inputs.x_TD[case.inputs.sequence_T == window]
+        gates_TF = rows_TD @ case.ffn.gate_FD.T
+        torch.testing.assert_close(
+            profiles_FP[:, window], (gates_TF * gates_TF.sigmoid()).mean(0), atol=1e-5, rtol=1e-4
+        )
+
+
+def test_shared_neurons_and_gate_rows() -> None:
+    case = make_case()
+    carving = carve(case.ffn, case.inputs, SHAPE, generator())
+    size_F = gate_profiles(case.ffn.gate_FD, case.inputs).abs().mean(1)
+    assert set(carving.shared_M.tolist()) == set(size_F.topk(8).indices.tolist())
+    for members, row_D in zip(carving.routed_RM, carving.gate.weight_RD, strict=True):
+        torch.testing.assert_close(row_D, case.ffn.gate_FD[members].mean(0))
+    assert (carving.gate.bias_R == 0).all()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_kmeans_finds_groups_that_are_there(seed: int) -> None:
+    random = generator(seed)
+    centres_RP = 10 * torch.randn(4, 3, generator=random)
+    truth_N = torch.arange(4).repeat(6)
+    points_NP = centres_RP[truth_N] + 0.1 * torch.randn(24, 3, generator=random)
+    group_N = balanced_kmeans(points_NP, 4, random)
+    assert torch.bincount(group_N).tolist() == [6, 6, 6, 6]
+    assert len({(int(a), int(b)) for a, b in zip(group_N, truth_N, strict=True)}) == 4
+
+
+def test_kmeans_ends_in_a_fixed_point_and_with_equal_points() -> None:
+    points_NP = torch.randn(F, 2, generator=generator())
+    group_N = balanced_kmeans(points_NP, 4, generator())
+    centres_RP = torch.stack([points_NP[group_N == group].mean(0) for group in range(4)])
+    cost = (points_NP - centres_RP[group_N]).square().sum()
+    for first in range(F):
+        for second in range(first):
+            swapped_N = group_N.clone()
+            swapped_N[[first, second]] = group_N[[second, first]]
+            assert (points_NP - centres_RP[swapped_N]).square().sum() >= cost - 1e-4
+    same = balanced_kmeans(torch.ones(F, 2), 4, generator())
+    assert torch.bincount(same).tolist() == [6, 6, 6, 6]
