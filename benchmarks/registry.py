@@ -28,4 +28,7 @@ BENCHMARKS: dict[str, Callable[[], Benchmark]] = {
     "scaling": partial(_load, "scaling"),
     "upcycle": partial(_load, "upcycle"),
     "carve": partial(_load, "carve.benchmark"),
+    "recovery": partial(_load, "recovery"),
+    "coordinate-check": partial(_load, "coordinate_check"),
+    "mup-transfer": partial(_load, "mup_transfer"),
 }

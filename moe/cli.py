@@ -50,7 +50,7 @@ CHECKPOINT_COMMANDS: dict[str, Callable[..., None]] = {
     "export": checkpoint.export_checkpoint,
 }
 LAWS_COMMANDS: dict[str, Callable[..., None]] = {"fit": laws.fit, "predict": laws.predict}
-MUP_COMMANDS: dict[str, Callable[..., None]] = {"check": mup.check}
+MUP_COMMANDS: dict[str, Callable[..., None]] = {"check": mup.check, "sweep": mup.sweep}
 
 
 def make_app(name: str, help_text: str, commands: dict[str, Callable[..., None]]) -> typer.Typer:

@@ -73,12 +73,11 @@ class Cell:
 # Label, method, gate, refit.
 _METHODS = (
     ("cmoe + refit", "cmoe", "own", True),
-    ("cmoe, linear gate + refit", "cmoe", "linear", True),
+    ("cmoe, ridge gate + refit", "cmoe", "ridge", True),
     ("weaver", "weaver", "own", False),
     ("weaver + refit", "weaver", "own", True),
     ("llama-moe", "llama-moe", "own", False),
-    ("llama-moe, linear gate + refit", "llama-moe", "linear", True),
-    ("tomoe", "tomoe", "own", False),
+    ("llama-moe, ridge gate + refit", "llama-moe", "ridge", True),
     ("best", "best", "own", False),
     ("best + refit", "best", "own", True),
     ("static", "static", "own", False),

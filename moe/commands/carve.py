@@ -18,11 +18,14 @@ def carve(
     experts: Annotated[int, typer.Option(help="Experts that an FFN is cut into, shared ones included.")] = 8,
     shared: Annotated[int, typer.Option(help="Of these, experts that every token passes.")] = 2,
     top_k: Annotated[int, typer.Option(help="Routed experts per token.")] = 4,
-    method: Annotated[str, typer.Option(help="How neurons are grouped; see docs/convert.md.")] = "cmoe",
+    method: Annotated[str, typer.Option(help="How neurons are grouped; see docs/convert.md.")] = "best",
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of calibration text.")] = 65536,
     window: Annotated[int, typer.Option(min=2, help="Tokens in a window of text.")] = 2048,
     gate: Annotated[
-        str, typer.Option(help="own, or linear: fitted to the method's experts, as stock architectures need it.")
+        str,
+        typer.Option(
+            help="own, or ridge: a linear gate fitted to the method's experts, as stock architectures need it."
+        ),
     ] = "own",
     refit: Annotated[bool, typer.Option(help="Fit the down-projections to what the gates choose.")] = True,
     sequential: Annotated[
@@ -47,18 +50,17 @@ def carve(
 
     Nothing is trained: the experts come from how neurons react to the calibration text.
 
-    Example: `moe carve SmolLM2-135M smol-moe --calibration wiki.txt --shared 2 --top-k 4 --gate linear --to glm4_moe`
+    Example: `moe carve SmolLM2-135M smol-moe --calibration wiki.txt --shared 2 --top-k 4 --to glm4_moe`
     """
     from transformers.utils import logging as hf_logging
 
     from moe.convert.carve.card import describe
     from moe.convert.carve.options import CarveOptions
-    from moe.convert.carve.run import LayerReport, carved_config
+    from moe.convert.carve.run import LayerReport, carved_config, check_format
     from moe.convert.carve.run import carve as run
     from moe.convert.carve.text import read_windows
     from moe.convert.carve.types import CarveShape
     from moe.models.folder import ModelFolder
-    from moe.models.stock.write import check_fits
 
     hf_logging.disable_progress_bar()
     options = CarveOptions(
@@ -71,7 +73,7 @@ def carve(
         seed=seed,
     )
     dense = ModelFolder(source)
-    check_fits(carved_config(dense, options), to)  # before the text is read
+    check_format(carved_config(dense, options), options, to)  # before the text is read
     text = read_windows(source, calibration, tokens, window, evaluate, eval_windows, seed)
     command = ["moe", "carve", str(source), str(out), *_flags(locals())]
 

@@ -4,7 +4,9 @@ import contextlib
 import dataclasses
 import json
 import math
+import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -193,6 +195,8 @@ def _compared(
     from moe.models.evaluate import perplexity_of
 
     windows_BL = text.cut(reference, model)
+    if one_at_a_time:
+        _check_room(reference, windows_BL.numel())
     with _progress() as tell:
         if one_at_a_time:
             device, dtype = choose_device(placing.device), DTYPES[placing.dtype]
@@ -224,6 +228,18 @@ def _compared(
         f"largest difference of logits {found.max_diff:.3g}, of logits with an RMS of {found.reference_rms:.3g}"
     )
     return result, summary
+
+
+def _check_room(model: str, num_tokens: int) -> None:
+    """Refuse a temporary file of logits that does not fit, before hours go into it."""
+    config, _ = read_model(model)
+    needed = 4 * num_tokens * config.get_text_config().vocab_size
+    folder = tempfile.gettempdir()
+    if needed > (free := shutil.disk_usage(folder).free):
+        raise ValueError(
+            f"--one-at-a-time needs {needed / 1e9:.1f} GB in {folder}, which has {free / 1e9:.1f} GB; lower --max-windows, "
+            "or set TMPDIR to a larger place"
+        )
 
 
 @contextlib.contextmanager

@@ -163,8 +163,7 @@ class FolderWriter:
         self._total += size
 
     def _fits(self, shard: StreamedTensorFile, name: str, size: int) -> bool:
-        small = not shard.num_bytes or shard.num_bytes + size <= self._shard_bytes
-        return small and shard.has_room_for(name)
+        return shard.num_bytes + size <= self._shard_bytes and shard.has_room_for(name)
 
     def finish(
         self,

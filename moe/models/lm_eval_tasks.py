@@ -130,7 +130,7 @@ def _load(manager: Any, name: str, online: bool) -> list[Any]:
     try:
         found = manager.load(name)
     except Exception as problem:  # whatever is wrong in the user's YAML, Python and data surfaces here
-        hint = "" if online else "; add --online if its data are on the hub"
+        hint = "" if online else "; add --online if its data are to be fetched"
         raise ValueError(f"task {name!r} cannot be loaded{hint}: {type(problem).__name__}: {problem}") from problem
     for task in found["tasks"].values():
         _refuse_foreign_code(task)
@@ -158,15 +158,25 @@ def _fetching(online: bool) -> Iterator[None]:
     """Let data sets be fetched or not; code of metrics never is."""
     import datasets
     from huggingface_hub import constants
+    from lm_eval.api.task import ConfigurableTask
 
     os.environ["HF_EVALUATE_OFFLINE"] = "1"  # read when a metric makes the harness import `evaluate`
     before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
+    download = ConfigurableTask.download
+
+    def download_from_here(task: Any, dataset_kwargs: dict[str, Any] | None = None, **options: Any) -> None:
+        if "://" in f"{task.DATASET_PATH} {dataset_kwargs}":  # `datasets` goes to addresses outside the hub regardless
+            raise ValueError(f"its data have an address: {dataset_kwargs}")
+        download(task, dataset_kwargs, **options)
+
     if not online:
         constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+        ConfigurableTask.download = download_from_here
     try:
         yield
     finally:
         constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
+        ConfigurableTask.download = download
 
 
 def _scores(found: dict[str, Any]) -> Iterator[Score]:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -144,6 +145,16 @@ def test_other_tokenizers_cannot_be_compared(folder: Path, tmp_path: Path) -> No
     done = moe_eval(folder / "ours", "--compare", tmp_path / "other", "--text", folder / "text.txt")
     assert done.exit_code == 2
     assert all(name in done.stderr for name in ("ours", "other", "make different tokens")), done.stderr
+
+
+def test_logits_that_do_not_fit_on_the_disk(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    full = shutil.disk_usage(folder)._replace(free=1000)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: full)
+    arguments = [folder / "ours", "--compare", folder / "mixtral", "--text", folder / "text.txt"]
+    done = moe_eval(*arguments, "--one-at-a-time")
+    assert done.exit_code == 2
+    assert "which has 0.0 GB; lower --max-windows" in done.stderr
+    assert moe_eval(*arguments).exit_code == 0
 
 
 def test_missing_weights_are_not_made_up(folder: Path, tmp_path: Path) -> None:

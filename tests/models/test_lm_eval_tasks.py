@@ -3,6 +3,7 @@
 import json
 import math
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,14 +52,20 @@ def write_tasks(path: Path, *configs: dict[str, Any], questions: list[dict] = QU
 
 
 @pytest.fixture(autouse=True)
-def cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Any connection fails, as it would without a network."""
+def no_connection(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+    """Nothing may even try to connect, though the environment lets it."""
+    tried: list[Any] = []
 
     def refuse(*arguments: Any, **options: Any) -> None:
-        raise AssertionError(f"a connection was tried: {arguments}")
+        tried.append(arguments)
+        raise OSError("no network here")
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
+    yield tried
+    assert tried == []
 
 
 def load(path: Path, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
@@ -161,7 +168,7 @@ def test_python_beside_the_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"dataset_path": "some/where", "dataset_kwargs": None}, "--online if its data are on the hub"),
+        ({"dataset_path": "some/where", "dataset_kwargs": None}, "--online if its data are to be fetched"),
         ({"dataset_kwargs": {"data_files": {"test": "https://somewhere.org/a.jsonl"}}}, "--online"),
         ({"dataset_kwargs": {"data_files": {"test": "absent.jsonl"}}}, "absent.jsonl"),
         ({"unsafe_code": True}, "executes code that the model writes"),
@@ -183,6 +190,17 @@ def test_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
         with pytest.raises(ValueError, match="animals") as problem:
             load_tasks(root, [])
         assert message in str(problem.value)
+
+
+def test_online_tries_to_fetch(tmp_path: Path, no_connection: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    data = {"test": "https://nowhere.invalid/a.jsonl"}
+    for change in ({"dataset_path": "some/where", "dataset_kwargs": None}, {"dataset_kwargs": {"data_files": data}}):
+        folder = write_tasks(tmp_path / "tasks", CHOICE | change)
+        with pytest.raises(ValueError, match="'animals' cannot be loaded: "):
+            load_tasks(folder, [], online=True)
+        assert no_connection, change
+        no_connection.clear()
 
 
 def test_names_and_paths_that_are_wrong(tmp_path: Path) -> None:

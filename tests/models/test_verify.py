@@ -10,7 +10,7 @@ from models.stock.stock_cases import GATED, SIGMOID, TOP2, Case, make_case, make
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from moe.models.compare import compare_folders
+from moe.models.compare import compare_folders, compare_logits
 from moe.models.folder import ModelFolder
 from moe.models.stock import FORMATS
 from moe.models.stock.family import Names
@@ -69,6 +69,15 @@ def test_damage_that_loads_is_seen(damage: str, dtype: torch.dtype | None, tmp_p
     save_file(tensors, stock / "model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match="does not compute what its source does"):
         check(compare_folders(ours, stock, windows_BL, dtype=load_as, far=far), far)
+
+
+def test_one_nan_is_enough() -> None:
+    logits, ids = torch.randn(2, 128, 5), torch.randint(0, 5, (2, 128))
+    broken = logits.clone()
+    broken[0, 7, 3] = math.nan
+    check(compare_logits(logits, logits, ids), 1e-3)
+    with pytest.raises(ValueError, match=r"0\.4% of 256 tokens differ"):
+        check(compare_logits(logits, broken, ids), 1e-3)
 
 
 def test_stock_folders_run_without_us(tmp_path: Path) -> None:

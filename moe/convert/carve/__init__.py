@@ -8,12 +8,14 @@ from collections.abc import Callable
 import torch
 
 from moe.convert.carve import cmoe, llama_moe, static, weaver
+from moe.convert.carve.best import carve_best
 from moe.convert.carve.types import CarveShape, Carving, LayerInputs, NeuronGate
 from moe.convert.dense import DenseFFN
 
 Carver = Callable[[DenseFFN, LayerInputs, CarveShape, torch.Generator], Carving]
 
 CARVERS: dict[str, Carver] = {
+    "best": carve_best,
     "cmoe": cmoe.carve,
     "weaver": weaver.carve,
     "llama-moe": llama_moe.carve,

@@ -9,6 +9,7 @@ from moe.convert.model_card import CARD, ModelCard, render_card
 from moe.models.folder import ModelFolder
 
 SUMMARIES = {
+    "best": "Neurons are grouped by what the output loses without them, and a linear gate is fitted to the groups.",
     "cmoe": "Neurons that fire for the same tokens are grouped into experts (CMoE, arXiv 2502.04416).",
     "weaver": "Neurons whose gates open on the same texts are grouped into experts (ExpertWeaver, arXiv 2602.15521).",
     "llama-moe": "Neurons are dealt out to experts at random (LLaMA-MoE).",

@@ -18,7 +18,7 @@ from moe.convert.dense import DenseFFN
 
 def gate_class(options: CarveOptions) -> type:
     """Class of every layer's gate."""
-    return LinearGate if options.gate == "linear" else OWN_GATES.get(options.method, LinearGate)
+    return LinearGate if options.gate == "ridge" else OWN_GATES.get(options.method, LinearGate)
 
 
 @torch.no_grad()
@@ -33,8 +33,11 @@ def carve_layer(ffn: DenseFFN, inputs: LayerInputs, options: CarveOptions, layer
     """
     seed = random.Random(f"{options.seed}/{layer}").getrandbits(32)  # torch's generator keeps 32 bits of a seed
     carving = CARVERS[options.method](ffn, inputs, options.shape, torch.Generator().manual_seed(seed))
-    if options.gate == "linear":
-        carving = dataclasses.replace(carving, gate=fit_linear_gate(ffn, inputs, carving.routed_RM))
     carving.check(ffn.width)
+    if options.gate == "ridge":
+        gate = fit_linear_gate(ffn, inputs, carving.routed_RM)
+        carving = dataclasses.replace(carving, gate=gate, down_DF=None)  # a refit was to the method's own gate
     assert isinstance(carving.gate, gate_class(options))
-    return refit(ffn, inputs, carving, options.shape.top_k) if options.refit else carving
+    if not options.refit:
+        return dataclasses.replace(carving, down_DF=None)
+    return carving if carving.down_DF is not None else refit(ffn, inputs, carving, options.shape.top_k)

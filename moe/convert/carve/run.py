@@ -26,6 +26,7 @@ from moe.convert.carve.layer import carve_layer, gate_class
 from moe.convert.carve.measure import LayerQuality, measure
 from moe.convert.carve.neurons import output
 from moe.convert.carve.options import CarveOptions
+from moe.convert.carve.types import LinearGate
 from moe.convert.dense import DenseFFN, activation, check_dense, ffn_tensors, read_ffn
 from moe.errors import nearest
 from moe.models.compare import LogitComparison, compare_folders
@@ -105,7 +106,7 @@ def carve(
     if out.exists():
         raise ValueError(f"{out} exists; remove it or choose another folder")
     config = carved_config(source, options)
-    check_fits(config, to)
+    check_format(config, options, to)
     layers: list[LayerReport] = []
     walk = CalibrationWalk(source, windows_BL, torch.bfloat16 if options.bf16 else torch.float32)
 
@@ -160,6 +161,13 @@ def carved_config(source: ModelFolder, options: CarveOptions) -> MoEConfig:
     with torch.device("meta"):
         MoEForCausalLM(config)
     return config
+
+
+def check_format(config: MoEConfig, options: CarveOptions, to: str) -> None:
+    """Raise a ValueError that says what the format ``to`` cannot express, and whether another gate would help."""
+    if to != "moe" and gate_class(options) is not LinearGate:
+        raise ValueError(f"--to {to} cannot hold the gate of --method {options.method}; add --gate ridge, a linear one")
+    check_fits(config, to)
 
 
 def in_fp32(ffn: DenseFFN) -> DenseFFN:

@@ -128,23 +128,29 @@ def tomoe_convert(
         first=_means(history[:tenth]),
         last=_means(history[-tenth:]),
     )
-    config = tomoe_config(folder.config, plan)
-    texts = {} if command is None else {CARD: _card(Path(out).name, folder, config, options, report, to, command)}
-    conversion = Conversion(
-        source=folder,
-        config=config,
-        layer_weights=lambda layer: plan.layer(layer, read_ffn(folder, layer)),
-        replaced=lambda layer, name: name in ffn_tensors(folder.config, layer),
-        texts=texts,
-    )
-    write_model(conversion, Path(out), to)
+    texts = {} if command is None else {CARD: _card(Path(out).name, folder, plan, options, report, to, command)}
+    write_experts(folder, plan, Path(out), to, texts)
     return report
+
+
+def write_experts(
+    source: ModelFolder, plan: ExpertPlan, out: Path, to: str = "moe", texts: dict[str, str] | None = None
+) -> Path:
+    """Write the MoE that a plan makes of a dense folder; arguments as those of `tomoe_convert`, texts by file name."""
+    conversion = Conversion(
+        source=source,
+        config=tomoe_config(source.config, plan),
+        layer_weights=lambda layer: plan.layer(layer, read_ffn(source, layer)),
+        replaced=lambda layer, name: name in ffn_tensors(source.config, layer),
+        texts=texts or {},
+    )
+    return write_model(conversion, out, to)
 
 
 def _card(
     title: str,
     source: ModelFolder,
-    config: MoEConfig,
+    plan: ExpertPlan,
     options: ToMoEOptions,
     report: ToMoEReport,
     to: str,
@@ -158,7 +164,7 @@ def _card(
             sources=[source],
             summary="Trained masks cut the dense FFNs into overlapping experts, one of which runs per token "
             "(ToMoE, arXiv 2501.15316). Attention is as it was.",
-            config=config,
+            config=tomoe_config(source.config, plan),
             to=to,
             options=asdict(options),
             checks={

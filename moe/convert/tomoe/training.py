@@ -43,6 +43,11 @@ class MaskTraining:
     Args:
         model: a dense decoder of transformers; its weights are frozen, and gates are put in until `finish`.
         options: how.
+
+    Attributes:
+        gated: the model with gates.
+        hypernet: makes the masks.
+        generator: of the noise.
     """
 
     def __init__(self, model: Any, options: ToMoEOptions) -> None:
@@ -56,8 +61,8 @@ class MaskTraining:
                 config.num_hidden_layers, options.num_experts, config.intermediate_size, options.offset
             )
         self.hypernet.to(self.device)
-        self._generator = torch.Generator().manual_seed(options.seed)
-        self.gated.set_noise(options.temperature, self._generator)
+        self.generator = torch.Generator().manual_seed(options.seed)
+        self.gated.set_noise(options.temperature, self.generator)
         self.trained = nn.ModuleList([self.hypernet, *self.gated.gates])
         self._optimizer = torch.optim.AdamW(
             self.trained.parameters(), lr=options.lr, betas=(0.9, 0.999), weight_decay=options.weight_decay
@@ -67,7 +72,7 @@ class MaskTraining:
         """The parts of the loss, () fp32 each and without their factors, for masks and choices drawn now."""
         options = self.options
         scores_LEF = self.hypernet()
-        self.gated.set_masks(sample_masks(scores_LEF, options.temperature, self._generator))
+        self.gated.set_masks(sample_masks(scores_LEF, options.temperature, self.generator))
         # Of the masks without noise, which are those that stay: the widest of several noisy ones is wider than any is without.
         masks_LEF = hard_masks(scores_LEF, options.temperature)
         input_ids_BL = input_ids_BL.to(self.device)

@@ -1,5 +1,6 @@
 """Tables and pictures of checks and sweeps."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,10 @@ from rich.table import Table
 from moe.scaling.coordinates import ACTIVATION, UPDATE, Verdict
 from moe.train.formats import compact
 from moe.train.mup.check import LIMIT, CheckResult
+from moe.train.mup.sweep import Optimum, SweepRun, optima, shift
 from moe.train.picture_style import LIGHT, new_figure, style_axes
+
+_BLUES = ("#9ec5f4", "#6a9fe8", "#3f78d8", "#2557d6", "#173a94", "#0b1f57")  # from small to large
 
 
 def render_check(result: CheckResult, console: Console) -> None:
@@ -72,3 +76,52 @@ def _log_axis(axes: Any, values: list[int], name: str) -> None:
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: compact(value)))
     axes.set_xlabel(name, color=LIGHT.muted)
+
+
+def render_sweep(runs: list[SweepRun], axis: str, console: Console) -> None:
+    """A row per value: losses by learning rate, the optimum, and how far it moves."""
+    rates = sorted({run.lr for run in runs})
+    found = optima(runs)
+    table = Table(title="held-out loss, mean over seeds", title_justify="left")
+    for name in (axis, *(f"lr {lr:g}" for lr in rates), "best lr", "of seeds"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for each in found:
+        losses = [[run.eval_loss for run in runs if (run.value, run.lr) == (each.value, lr)] for lr in rates]
+        cells = [f"{sum(values) / len(values):.4f}" if values else "" for values in losses]
+        best = f"{each.lr:.2e}" + (" (edge)" if each.at_edge else "")
+        table.add_row(str(each.value), *cells, best, f"{each.low:.2e} to {each.high:.2e}")
+    console.print(table)
+    console.print(f"the best learning rate moves by a factor of {shift(found):.2f} over {axis} {_range(found)}")
+
+
+def _range(found: list[Optimum]) -> str:
+    return f"{min(each.value for each in found)} to {max(each.value for each in found)}"
+
+
+def draw_sweeps(sweeps: dict[str, list[SweepRun]], axis: str, path: Path) -> None:
+    """A PNG: loss against learning rate, a line per value and a panel per sweep, with the optima marked."""
+    figure, panels = new_figure(4.6, columns=len(sweeps), width=6.2 * len(sweeps))
+    for axes, (name, runs) in zip(panels, sweeps.items(), strict=True):
+        style_axes(axes, LIGHT, name)
+        found = optima(runs)
+        for index, each in enumerate(found):
+            color = _BLUES[index * (len(_BLUES) - 1) // max(len(found) - 1, 1)]
+            of_value = [run for run in runs if run.value == each.value]
+            rates = sorted({run.lr for run in of_value})
+            seeds = [[run.eval_loss for run in of_value if run.lr == lr] for lr in rates]
+            means = [sum(losses) / len(losses) for losses in seeds]
+            axes.fill_between(rates, list(map(min, seeds)), list(map(max, seeds)), color=color, alpha=0.15, linewidth=0)
+            axes.plot(
+                rates, means, marker="o", markersize=3.5, linewidth=1.6, color=color, label=f"{axis} {each.value}"
+            )
+            axes.plot([each.lr], [each.eval_loss], marker="*", markersize=11, color=color, markeredgecolor=LIGHT.page)
+        axes.set_xscale("log")
+        axes.set_xlabel("learning rate", color=LIGHT.muted)
+        axes.set_ylabel("held-out loss", color=LIGHT.muted)
+        axes.legend(fontsize=9, frameon=False, labelcolor=LIGHT.text)
+    finite = [run.eval_loss for runs in sweeps.values() for run in runs if math.isfinite(run.eval_loss)]
+    low, high = min(finite), sorted(finite)[int(len(finite) * 0.9)]
+    for axes in panels:
+        axes.set_ylim(low - 0.05 * (high - low), high + 0.1 * (high - low))
+    figure.set_facecolor(LIGHT.page)
+    figure.savefig(path, format="png", facecolor=LIGHT.page)

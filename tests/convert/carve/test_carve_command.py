@@ -65,13 +65,13 @@ def test_with_every_expert_the_model_is_the_dense_one(kind: str, method: str, tm
 def test_in_glm4_moe(kind: str, method: str, tmp_path: Path) -> None:
     """With every expert the dense model; with some, what our own format computes."""
     source, ids = dense(tmp_path, kind), tokens(3, 20, seed=8)
-    everything = CarveOptions(shape=ALL, method=method, gate="linear")
+    everything = CarveOptions(shape=ALL, method=method, gate="ridge")
     carve(source, tmp_path / "all", WINDOWS, everything, to="glm4_moe")
     model, report = AutoModelForCausalLM.from_pretrained(tmp_path / "all", output_loading_info=True)
     assert model.config.model_type == "glm4_moe"
     assert not any(report.values()), report
     torch.testing.assert_close(logits(model.eval(), ids), logits(load(source.path), ids), atol=1e-5, rtol=1e-5)
-    some = CarveOptions(shape=SHAPE, method=method, gate="linear")
+    some = CarveOptions(shape=SHAPE, method=method, gate="ridge")
     for to in ("moe", "glm4_moe"):
         carve(source, tmp_path / to, WINDOWS, some, to=to)
     torch.testing.assert_close(
@@ -82,7 +82,7 @@ def test_in_glm4_moe(kind: str, method: str, tmp_path: Path) -> None:
 def test_fewer_neurons_run_and_every_expert_is_used(tmp_path: Path) -> None:
     source = dense(tmp_path)
     reports = []
-    options = CarveOptions(shape=SHAPE, method="cmoe", gate="linear")
+    options = CarveOptions(shape=SHAPE, method="cmoe", gate="ridge")
     carved = carve(source, tmp_path / "carved", WINDOWS, options, check_BL=WINDOWS, report=reports.append)
     assert [report.layer for report in reports] == [0, 1, 2]
     assert reports == carved.layers
@@ -139,7 +139,7 @@ def test_refusals(tmp_path: Path) -> None:
     for message, options in cases.items():
         with pytest.raises(ValueError, match=message):
             carve(source, out, WINDOWS, CarveOptions(**options))
-    with pytest.raises(ValueError, match="does not fit glm4_moe"):
+    with pytest.raises(ValueError, match="--to glm4_moe cannot hold the gate of --method cmoe; add --gate ridge"):
         carve(source, out, WINDOWS, CarveOptions(method="cmoe", shape=SHAPE), to="glm4_moe")
     out.mkdir()
     with pytest.raises(ValueError, match="exists; remove it"):
@@ -157,7 +157,7 @@ def test_command(tmp_path: Path) -> None:
     save_tokenizer(dense(tmp_path).path)
     first, second = write_text(tmp_path / "a.txt"), write_text(tmp_path / "b.txt", seed=1)
     more = ["--calibration", str(first), "--calibration", str(second), "--eval", str(first), "--eval-windows", "3"]
-    shape = ["--experts", "8", "--shared", "2", "--top-k", "4", "--gate", "linear", "--to", "glm4_moe"]
+    shape = ["--experts", "8", "--shared", "2", "--top-k", "4", "--gate", "ridge", "--to", "glm4_moe"]
     result = command(tmp_path, *more, *shape, "--json")
     assert result.exit_code == 0, result.stderr
     found = json.loads(result.stdout)
@@ -168,7 +168,7 @@ def test_command(tmp_path: Path) -> None:
     assert found["comparison"]["kl"] > 0
     assert "layer 3 of 3: " in result.stderr
     card = (tmp_path / "carved" / "README.md").read_text()
-    assert "arXiv 2502.04416" in card
+    assert "what the output loses" in card
     assert f"--eval {first}" in card
     assert (tmp_path / "carved" / "tokenizer.json").is_file()
     load(tmp_path / "carved")

@@ -19,7 +19,7 @@ SHAPES = (
     CarveShape(num_experts=12, num_shared=4, top_k=8),
     CarveShape(num_experts=3, num_shared=1, top_k=1),
 )
-DRAWS = {"weaver", "llama-moe"}  # use the random generator
+DRAWS = {"best", "weaver", "llama-moe"}  # use the random generator
 
 
 def carve(case: Case, method: str, shape: CarveShape = SHAPE, seed: int = 0) -> Carving:
@@ -84,14 +84,14 @@ def test_an_ffn_without_gate_is_carved_or_refused(method: str) -> None:
 
 
 @pytest.mark.parametrize("method", CARVERS)
-@pytest.mark.parametrize("gate", ["own", "linear"])
+@pytest.mark.parametrize("gate", ["own", "ridge"])
 @pytest.mark.parametrize("refit", [True, False])
 def test_layers(method: str, gate: str, refit: bool) -> None:
     case = make_case()
     options = CarveOptions(shape=SHAPE, method=method, gate=gate, refit=refit, seed=2)
     carving = carve_layer(case.ffn, case.inputs, options, layer=1)
     assert (carving.down_DF is not None) == refit
-    assert isinstance(carving.gate, LinearGate) == (gate == "linear" or method != "cmoe")
+    assert isinstance(carving.gate, LinearGate) == (gate == "ridge" or method != "cmoe")
     again = carve_layer(case.ffn, case.inputs, options, layer=1)
     assert torch.equal(carving.routed_RM, again.routed_RM)
     other = carve_layer(case.ffn, case.inputs, options, layer=2)
@@ -99,7 +99,7 @@ def test_layers(method: str, gate: str, refit: bool) -> None:
 
 
 def test_bad_options() -> None:
-    with pytest.raises(ValueError, match="--gate 'mlp' is unknown; use own or linear"):
+    with pytest.raises(ValueError, match="--gate 'mlp' is unknown; use own or ridge"):
         CarveOptions(shape=SHAPE, method="cmoe", gate="mlp")
 
 

@@ -1,5 +1,7 @@
 """ExpertWeaver's carving: profiles, balanced k-means, the gate of mean rows."""
 
+import dataclasses
+
 import pytest
 import torch
 from convert.carve.carve_case import SHAPE, F, generator, make_case
@@ -20,11 +22,17 @@ def test_profiles_are_means_over_windows() -> None:
 
 def test_shared_neurons_and_gate_rows() -> None:
     case = make_case()
-    carving = carve(case.ffn, case.inputs, SHAPE, generator())
-    size_F = gate_profiles(case.ffn.gate_FD, case.inputs).abs().mean(1)
-    assert set(carving.shared_M.tolist()) == set(size_F.topk(8).indices.tolist())
+    rows_FD = case.ffn.gate_FD * torch.linspace(0.01, 0.2, F)[:, None]
+    mean_D = case.inputs.x_TD.mean(0)
+    rows_FD[4:8] = -1.3 * mean_D / mean_D.square().sum()  # gates that are shut: silu is least there
+    ffn = dataclasses.replace(case.ffn, gate_FD=rows_FD)
+    carving = carve(ffn, case.inputs, SHAPE, generator())
+    profiles_FP = gate_profiles(rows_FD, case.inputs)
+    largest = set(profiles_FP.abs().mean(1).topk(8).indices.tolist())
+    assert largest != set(profiles_FP.mean(1).topk(8).indices.tolist())
+    assert set(carving.shared_M.tolist()) == largest
     for members, row_D in zip(carving.routed_RM, carving.gate.weight_RD, strict=True):
-        torch.testing.assert_close(row_D, case.ffn.gate_FD[members].mean(0))
+        torch.testing.assert_close(row_D, rows_FD[members].mean(0))
     assert (carving.gate.bias_R == 0).all()
 
 

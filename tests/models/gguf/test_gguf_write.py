@@ -48,6 +48,7 @@ BIASES = ["attn_k.bias", "attn_q.bias", "attn_v.bias"]
         ("mixtral", [*ATTENTION, *EXPERTS, "ffn_norm.weight"]),
         ("qwen3-moe", [*ATTENTION, "attn_k_norm.weight", "attn_q_norm.weight", *EXPERTS, "ffn_norm.weight"]),
         ("qwen2-moe", [*ATTENTION, *BIASES, *EXPERTS, *SHARED, "ffn_gate_inp_shexp.weight", "ffn_norm.weight"]),
+        ("qwen2-moe-tied", [*ATTENTION, *BIASES, *EXPERTS, *SHARED, "ffn_gate_inp_shexp.weight", "ffn_norm.weight"]),
         ("glm4-moe", [*ATTENTION, *EXPERTS, *SHARED, "exp_probs_b.bias", "post_attention_norm.weight"]),
         (
             "glm4-moe-biases-norms",
@@ -105,10 +106,55 @@ def test_the_gate_of_glm4_moe_is_in_the_keys(tmp_path: Path) -> None:
     bias_E = dict(model.named_buffers())["model.layers.1.mlp.router.bias_E"]
     assert torch.equal(tensors["blk.1.exp_probs_b.bias"], bias_E) and bias_E.any()
     assert "blk.0.ffn_gate.weight" in tensors and "blk.0.ffn_gate_inp.weight" not in tensors
+    shared = dict(model.named_parameters())["model.layers.1.mlp.shared_experts.gate_up_proj.weight"].bfloat16().float()
+    assert torch.equal(tensors["blk.1.ffn_gate_shexp.weight"], shared[:48])
+    assert torch.equal(tensors["blk.1.ffn_up_shexp.weight"], shared[48:])
     # Gates and norms keep fp32.
     weight = dict(model.named_parameters())["model.layers.1.mlp.router.weight"]
     assert torch.equal(tensors["blk.1.ffn_gate_inp.weight"], weight)
     assert not torch.equal(tensors["token_embd.weight"], model.model.embed_tokens.weight)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        (
+            "ours-switch-without-shared",
+            {"expert_gating_func": 1, "expert_weights_norm": False, "expert_shared_count": 1},
+        ),
+        ("glm4-moe-groups", {"expert_group_count": 4, "expert_group_used_count": 2, "expert_weights_norm": True}),
+        ("ours-softmax-with-bias", {"expert_gating_func": 1, "expert_weights_norm": True, "expert_weights_scale": 1.0}),
+    ],
+)
+def test_other_gates_are_in_the_keys(name: str, expected: dict[str, Any], tmp_path: Path) -> None:
+    save(name, tmp_path / "model")
+    write_gguf(tmp_path / "model", tmp_path / "model.gguf")
+    keys, tensors = contents(tmp_path / "model.gguf")
+    assert {key: keys[f"glm4moe.{key}"] for key in expected} == expected
+    assert tensors["blk.1.ffn_down_shexp.weight"].any() == (name != "ours-switch-without-shared")
+
+
+def test_a_scale_that_llama_cpp_lacks_is_in_the_weights(tmp_path: Path) -> None:
+    model = save("ours-top1-scaled", tmp_path / "model")
+    write_gguf(tmp_path / "model", tmp_path / "model.gguf", "fp32")
+    _, tensors = contents(tmp_path / "model.gguf")
+    down_EDF = dict(model.named_parameters())["model.layers.1.mlp.experts.down_proj"].detach()
+    torch.testing.assert_close(tensors["blk.1.ffn_down_exps.weight"], 0.7 * down_EDF)
+
+
+def test_rotary_scaling_is_in_the_file(tmp_path: Path) -> None:
+    save("ours-topk", tmp_path / "linear")
+    write_gguf(tmp_path / "linear", tmp_path / "linear.gguf")
+    keys, _ = contents(tmp_path / "linear.gguf")
+    assert keys["llama.rope.scaling.type"] == "linear" and keys["llama.rope.scaling.factor"] == 2.5
+    assert keys["llama.rope.freq_base"] == 1e4 and keys["llama.rope.dimension_count"] == 16
+    assert keys["llama.attention.layer_norm_rms_epsilon"] == pytest.approx(1e-6)
+    model, plain = save("dense-llama3-rope", tmp_path / "llama3"), make("dense-llama-tied")
+    write_gguf(tmp_path / "llama3", tmp_path / "llama3.gguf")
+    _, tensors = contents(tmp_path / "llama3.gguf")
+    factors = plain.model.rotary_emb.inv_freq / model.model.rotary_emb.inv_freq
+    torch.testing.assert_close(tensors["rope_freqs.weight"], factors, rtol=1e-5, atol=0)
+    assert factors.min() == 1 and factors.max() == pytest.approx(8)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16", "q8_0"])

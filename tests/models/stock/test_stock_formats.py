@@ -27,7 +27,7 @@ def test_a_model_survives_the_way_there_and_back(case: Case, tmp_path: Path) -> 
     ids_BL = tokens(3, 40)
     expected = logits(model, ids_BL)
     torch.testing.assert_close(logits(stock, ids_BL), expected, rtol=0, atol=1e-5 * expected.abs().max().item())
-    assert torch.equal(greedy(stock, ids_BL[:, :5]), greedy(model, ids_BL[:, :5]))
+    assert torch.equal(greedy(stock, ids_BL[:1, :5]), greedy(model, ids_BL[:1, :5]))
 
     AutoModelForCausalLM.from_config(stock.config).save_pretrained(tmp_path / "theirs")
     written, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("stock", "theirs"))

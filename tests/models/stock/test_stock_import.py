@@ -38,7 +38,7 @@ def test_imported_it_computes_the_same_and_goes_back_bit_by_bit(name: str, tmp_p
     ids_BL = tokens(3, 40)
     expected = logits(stock, ids_BL)
     torch.testing.assert_close(logits(ours, ids_BL), expected, rtol=0, atol=1e-5 * expected.abs().max().item())
-    assert torch.equal(greedy(ours, ids_BL[:, :5]), greedy(stock, ids_BL[:, :5]))
+    assert torch.equal(greedy(ours, ids_BL[:1, :5]), greedy(stock, ids_BL[:1, :5]))
 
     to = source_format(ModelFolder(tmp_path / "stock"))
     write_model(reformat(ModelFolder(tmp_path / "ours")), tmp_path / "back", to)

@@ -1,0 +1,128 @@
+"""Saliency, grouping and gate of the method `best`, each against its definition."""
+
+import torch
+from convert.carve.best.planted import plant
+from torch import Tensor
+
+from moe.convert.carve.best.gate_fit import fit_gate
+from moe.convert.carve.best.grouping import expert_energy, group_neurons
+from moe.convert.carve.best.saliency import saliencies
+from moe.convert.carve.gates import best, scores
+from moe.convert.carve.types import CarveShape
+
+
+def normal(seed: int, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def least_error(gram_FF: Tensor, down_DF: Tensor, kept: list[int]) -> float:
+    """Least squared error of the output when only some neurons are left, their down-projection being free."""
+    gone = [neuron for neuron in range(len(gram_FF)) if neuron not in kept]
+    rest = gram_FF[gone][:, gone]
+    if kept:
+        rest = rest - gram_FF[gone][:, kept] @ torch.linalg.solve(gram_FF[kept][:, kept], gram_FF[kept][:, gone])
+    return float((down_DF[:, gone] @ rest * down_DF[:, gone]).sum())
+
+
+def test_saliency_is_the_rise_of_the_least_error() -> None:
+    """Neurons go one at a time here; each time the one whose absence costs least, all others being refitted."""
+    h_TF, down_DF = normal(0, 60, 12) @ normal(1, 12, 12), normal(2, 5, 12)
+    gram_FF = h_TF.T @ h_TF
+    before_FF, before_DF = gram_FF.clone(), down_DF.clone()
+    got_F = saliencies(gram_FF, down_DF, num_kept=4)
+    assert torch.equal(gram_FF, before_FF) and torch.equal(down_DF, before_DF)
+    damped_FF = gram_FF + torch.diag(0.1 * gram_FF.diagonal() + 1e-9 * gram_FF.diagonal().mean())
+    kept, expected = list(range(12)), {}
+    while len(kept) > 4:
+        now = least_error(damped_FF, down_DF, kept)
+        rises = {j: least_error(damped_FF, down_DF, [k for k in kept if k != j]) - now for j in kept}
+        first = min(rises, key=rises.__getitem__)
+        expected[first] = rises[first]
+        kept.remove(first)
+    now = least_error(damped_FF, down_DF, kept)
+    for j in kept:
+        expected[j] = least_error(damped_FF, down_DF, [k for k in kept if k != j]) - now
+    torch.testing.assert_close(got_F, torch.tensor([expected[j] for j in range(12)]), rtol=1e-4, atol=0.0)
+
+
+def test_a_neuron_that_another_imitates_is_worth_little() -> None:
+    h_TF, down_DF = normal(0, 200, 8), normal(1, 5, 8)
+    h_TF[:, 1] = h_TF[:, 0]
+    down_DF = down_DF / down_DF.norm(dim=0)
+    saliency_F = saliencies(h_TF.T @ h_TF, down_DF, num_kept=6)
+    # One of the twins goes for little; the other then stands for both and is worth more than any.
+    assert saliency_F[:2].min() < 0.5 * saliency_F[2:].min() and saliency_F.argmax() in (0, 1)
+
+
+def test_blocks_leave_what_slow_blocks_leave() -> None:
+    """More neurons than blocks, so that several go at once; from the others' refit on, all is as for one at a time."""
+    width, num_kept = 130, 118  # blocks of 3
+    h_TF, down_DF = normal(0, 400, width), normal(1, 6, width)
+    gram_FF = h_TF.T @ h_TF
+    damped_FF = gram_FF + torch.diag(0.1 * gram_FF.diagonal() + 1e-9 * gram_FF.diagonal().mean())
+    kept = list(range(width))
+    while len(kept) > num_kept:
+        now = least_error(damped_FF, down_DF, kept)
+        rises = [(least_error(damped_FF, down_DF, [k for k in kept if k != j]) - now, j) for j in kept]
+        gone = {j for _, j in sorted(rises)[:3]}
+        kept = [k for k in kept if k not in gone]
+    saliency_F = saliencies(gram_FF, down_DF, num_kept)
+    now = least_error(damped_FF, down_DF, kept)
+    for j in kept[::10]:
+        rise = least_error(damped_FF, down_DF, [k for k in kept if k != j]) - now
+        assert abs(rise - float(saliency_F[j])) < 1e-4 * rise
+
+
+def test_grouping_finds_who_runs_together() -> None:
+    """Energies of three topics and an always-on group, from which tokens' inputs tell the topic."""
+    topic_T = torch.arange(600) % 3
+    group_F = torch.tensor([0, 1, 2, 3] * 4)
+    energy_TF = (
+        0.05 + (topic_T[:, None] == group_F).double() + 2.0 * (group_F == 3) + 0.01 * normal(0, 600, 16).square()
+    )
+    x_TD = torch.nn.functional.one_hot(topic_T, 5).double() + 0.05 * normal(1, 600, 5)
+    shape = CarveShape(num_experts=4, num_shared=1, top_k=1)
+    found_F = group_neurons(energy_TF, x_TD, shape, torch.Generator().manual_seed(0))
+    assert torch.bincount(found_F).tolist() == [4, 4, 4, 4]
+    assert torch.equal(found_F == 3, group_F == 3)
+    assert torch.equal(found_F[:, None] == found_F, group_F[:, None] == group_F)
+
+
+def test_grouping_lets_neurons_change_places() -> None:
+    """A start by k-means on the gate's slopes is not where it ends: a neuron of much energy that only one topic needs is routed."""
+    topic_T = torch.arange(900) % 3
+    group_F = torch.tensor([0, 1, 2, 3] * 4)
+    energy_TF = 0.01 + 6.0 * (topic_T[:, None] == group_F) + 1.0 * (group_F == 3) + 0.01 * normal(0, 900, 16).square()
+    assert energy_TF.sum(0)[group_F == 3].max() < energy_TF.sum(0)[group_F != 3].min()
+    x_TD = torch.nn.functional.one_hot(topic_T, 5).double() + 0.05 * normal(1, 900, 5)
+    shape = CarveShape(num_experts=4, num_shared=1, top_k=1)
+    found_F = group_neurons(energy_TF, x_TD, shape, torch.Generator().manual_seed(0))
+    assert torch.equal(found_F == 3, group_F == 3)
+
+
+def test_expert_energy_sums_its_neurons() -> None:
+    energy_TF, expert_F = normal(0, 7, 6).square(), torch.tensor([0, 2, 1, 2, 0, 1])
+    expected_TR = torch.stack([energy_TF[:, [0, 4]].sum(1), energy_TF[:, [2, 5]].sum(1)], 1)
+    torch.testing.assert_close(expert_energy(energy_TF, expert_F, 2), expected_TR)
+
+
+def test_gate_learns_a_linear_rule_and_weighs_by_stakes() -> None:
+    """Two experts; most tokens hardly care, few care much, and the two kinds disagree about the sign of the rule."""
+    x_TD = normal(0, 2000, 4).float()
+    cares_T = torch.arange(2000) % 10 == 0
+    signal_T = torch.where(cares_T, x_TD[:, 0], -x_TD[:, 0])
+    stakes_T = torch.where(cares_T, 1.0, 0.01)
+    energy_TR = torch.stack((stakes_T * (signal_T > 0), stakes_T * (signal_T <= 0)), 1)
+    chosen_TR = best(scores(fit_gate(energy_TR, x_TD, 1), x_TD), 1)
+    right_T = (chosen_TR == best(energy_TR, 1)).all(1)
+    assert right_T[cares_T].float().mean() > 0.97 and right_T[~cares_T].float().mean() < 0.1
+
+
+def test_gate_does_not_depend_on_the_inputs_units() -> None:
+    case = plant()
+    energy_TR = torch.nn.functional.one_hot(case.topic_T, 4).float()
+    x_TD = case.inputs.x_TD
+    units_D = torch.logspace(-3, 3, x_TD.shape[1])
+    one, other = fit_gate(energy_TR, x_TD, 1), fit_gate(energy_TR, x_TD * units_D + 5 * units_D, 1)
+    chosen_T, other_T = scores(one, x_TD).argmax(1), scores(other, x_TD * units_D + 5 * units_D).argmax(1)
+    assert (chosen_T == case.topic_T).float().mean() > 0.99 and (other_T == chosen_T).float().mean() > 0.99
