@@ -25,8 +25,9 @@ from moe.convert.carve.gates import carved_output
 from moe.convert.carve.layer import carve_layer
 from moe.convert.carve.measure import LayerQuality, measure
 from moe.convert.carve.neurons import output
+from moe.convert.carve.options import CarveOptions
 from moe.convert.carve.run import in_fp32
-from moe.convert.carve.types import LayerInputs
+from moe.convert.carve.types import Carving, LayerInputs
 from moe.convert.dense import DenseFFN, activation, read_ffn
 from moe.layer import MoELayer, MoESpec
 from moe.models.compare import load_folder
@@ -50,28 +51,11 @@ class Texts:
 
 @dataclass(kw_only=True)
 class CarvedModel:
-    """MoE layers of one cell, and what making them took."""
+    """MoE layers of one cell, and the seconds that making them took, where they were made for it alone."""
 
     layers: list[MoELayer] = field(default_factory=list)
     quality: list[LayerQuality] = field(default_factory=list)
-    seconds: float = 0.0
-
-
-def add_layer(
-    made: CarvedModel, cell: Cell, ffn: DenseFFN, inputs: LayerInputs, act: str
-) -> Callable[[Tensor], Tensor]:
-    """Carve the next layer for a cell; gives what the carved FFN computes."""
-    options, top_k = cell.options, cell.options.shape.top_k
-    start = time.perf_counter()
-    carving = carve_layer(ffn, inputs, options, len(made.layers))
-    made.seconds += time.perf_counter() - start
-    made.quality.append(measure(ffn, inputs, carving, top_k))
-    spec = MoESpec.from_dict(moe_spec(options.shape, options.shape.check(ffn.width), act, type(carving.gate)))
-    layer = MoELayer(inputs.x_TD.shape[1], spec, ffn.width)
-    weights = build_layer(ffn, carving, top_k, inputs.x_TD, ffn.up_FD.dtype)
-    layer.load_state_dict(dict(weights.named("")))
-    made.layers.append(layer.eval())
-    return partial(carved_output, ffn, carving, top_k=top_k)
+    seconds: float | None = None
 
 
 def carve_together(
@@ -85,10 +69,46 @@ def carve_together(
     for layer in range(walk.num_layers):
         ffn = in_fp32(read_ffn(source, layer))
         inputs = walk.enter(partial(output, ffn))
-        carved = [add_layer(m, cell, ffn, inputs, act) for m, cell in zip(made, cells, strict=True)]
-        walk.leave(carved[0] if sequential else None)
+        carvings: dict[CarveOptions, Carving] = {}
+        for index in sorted(range(len(cells)), key=lambda index: not cells[index].options.refit):
+            options = cells[index].options
+            carvings[options] = _carve(ffn, inputs, options, layer, carvings, made[index])
+            _add_layer(made[index], ffn, inputs, options, carvings[options], act)
+        top_k = cells[0].options.shape.top_k
+        walk.leave(partial(carved_output, ffn, carvings[cells[0].options], top_k=top_k) if sequential else None)
         report(f"  carved layer {layer + 1} of {walk.num_layers} for {len(cells)} cells")
     return made
+
+
+def _carve(
+    ffn: DenseFFN,
+    inputs: LayerInputs,
+    options: CarveOptions,
+    layer: int,
+    before: dict[CarveOptions, Carving],
+    made: CarvedModel,
+) -> Carving:
+    """The layer's carving; what was carved with a refit is not carved again without it, and then has no time of its own."""
+    refitted = dataclasses.replace(options, refit=True)
+    if refitted in before:
+        made.seconds = None
+        return dataclasses.replace(before[refitted], down_DF=None)
+    start = time.perf_counter()
+    carving = carve_layer(ffn, inputs, options, layer)
+    made.seconds = (made.seconds or 0.0) + time.perf_counter() - start
+    return carving
+
+
+def _add_layer(
+    made: CarvedModel, ffn: DenseFFN, inputs: LayerInputs, options: CarveOptions, carving: Carving, act: str
+) -> None:
+    top_k = options.shape.top_k
+    made.quality.append(measure(ffn, inputs, carving, top_k))
+    spec = MoESpec.from_dict(moe_spec(options.shape, options.shape.check(ffn.width), act, type(carving.gate)))
+    layer = MoELayer(inputs.x_TD.shape[1], spec, ffn.width)
+    weights = build_layer(ffn, carving, top_k, inputs.x_TD, ffn.up_FD.dtype)
+    layer.load_state_dict(dict(weights.named("")))
+    made.layers.append(layer.eval())
 
 
 class Evaluation:
@@ -149,8 +169,8 @@ def row_of(
         "ppl_out_of_dense": round(found[1] / dense[1], 3),
         "energy_kept": round(statistics.fmean(q.energy_kept for q in made.quality), 4),
         "recall": round(statistics.fmean(q.recall for q in made.quality), 4),
-        "seconds": round(made.seconds, 1),
-        "s_per_mparam": round(made.seconds / ffn_millions, 4),
+        "seconds": None if made.seconds is None else round(made.seconds, 1),
+        "s_per_mparam": None if made.seconds is None else round(made.seconds / ffn_millions, 4),
     }
 
 

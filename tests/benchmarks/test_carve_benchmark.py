@@ -47,6 +47,8 @@ def test_quality_rows(tmp_path: Path) -> None:
     assert [row["method"] for row in rows] == ["dense", *(cell.label for cell in cells(quick=True))]
     by_method = {(row["method"], row.get("calibration"), row.get("seed")): row for row in rows}
     assert by_method["cmoe, as released", "in-domain", 0]["tokens"] == 128
+    assert by_method["static", "in-domain", 0]["seconds"] is None, "it was carved with its refitted twin"
+    assert by_method["static + refit", "in-domain", 0]["s_per_mparam"] > 0
     assert (
         by_method["static + refit", "in-domain", 0]["energy_kept"] > by_method["static", "in-domain", 0]["energy_kept"]
     )

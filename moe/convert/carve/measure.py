@@ -12,7 +12,7 @@ from moe.convert.carve.neurons import chunks, output
 from moe.convert.carve.types import Carving, LayerInputs
 from moe.convert.dense import DenseFFN
 
-_MOST_TOKENS = 8192
+_MOST_TOKENS = 4096
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ from moe.convert.carve import CARVERS
 from moe.convert.carve.gates import best, running_neurons, scores
 from moe.convert.carve.layer import carve_layer
 from moe.convert.carve.options import CarveOptions
+from moe.convert.carve.refit import refit as refit_down
 from moe.convert.carve.types import CarveShape, Carving, LinearGate
 from moe.convert.dense import DenseFFN
 
@@ -96,6 +97,9 @@ def test_layers(method: str, gate: str, refit: bool) -> None:
     assert torch.equal(carving.routed_RM, again.routed_RM)
     other = carve_layer(case.ffn, case.inputs, options, layer=2)
     assert torch.equal(carving.routed_RM, other.routed_RM) == (method not in DRAWS)
+    if refit and gate == "ridge":  # not to the choices of the method's own gate
+        fitted = refit_down(case.ffn, case.inputs, carving, SHAPE.top_k)
+        torch.testing.assert_close(carving.down_DF, fitted.down_DF)
 
 
 def test_bad_options() -> None:
