@@ -18,7 +18,7 @@ def carve(
     experts: Annotated[int, typer.Option(help="Experts that an FFN is cut into, shared ones included.")] = 8,
     shared: Annotated[int, typer.Option(help="Of these, experts that every token passes.")] = 2,
     top_k: Annotated[int, typer.Option(help="Routed experts per token.")] = 4,
-    method: Annotated[str, typer.Option(help="How neurons are grouped; see docs/convert.md.")] = "best",
+    method: Annotated[str, typer.Option(help="How neurons are grouped; see docs/carving.md.")] = "best",
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of calibration text.")] = 65536,
     window: Annotated[int, typer.Option(min=2, help="Tokens in a window of text.")] = 2048,
     gate: Annotated[

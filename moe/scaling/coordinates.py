@@ -206,7 +206,9 @@ def verdicts(runs: dict[int, list[Sizes]], steps: Iterable[int], outputs: Iterab
 
 def module_kind(name: str) -> str:
     """A module's name without the layer's number."""
-    return ".".join(part for part in name.split(".") if not part.isdigit()).removeprefix("model.").removeprefix("layers.")
+    return (
+        ".".join(part for part in name.split(".") if not part.isdigit()).removeprefix("model.").removeprefix("layers.")
+    )
 
 
 def output_modules(model: PreTrainedModel) -> list[str]:

@@ -19,7 +19,7 @@ from moe.convert.carve.types import CarveShape, Carving, LinearGate, NeuronGate
 from moe.convert.dense import DenseFFN
 from moe.models.moe_weights import MoEWeights
 
-# Scores have a mean square of 1 before they are scaled by this; see `docs/convert.md` for what was measured.
+# Scores have a mean square of 1 before they are scaled by this; see `docs/carving.md` for what was measured.
 SCALE = 2.0**-10
 
 
