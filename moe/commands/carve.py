@@ -35,6 +35,9 @@ def carve(
         bool, typer.Option("--bf16", help="Run the dense layers in bf16: faster where it has units.")
     ] = False,
     to: Annotated[str, typer.Option(help="Format: moe, or a stock architecture such as glm4_moe.")] = "moe",
+    recover_steps: Annotated[
+        int, typer.Option(min=0, help="Train the result so many steps, with LoRA and the dense model as teacher.")
+    ] = 0,
     evaluate: Annotated[
         Path | None,
         typer.Option("--eval", help="Text for perplexities; the last fifth where it is a calibration file as well."),
@@ -48,7 +51,8 @@ def carve(
 ) -> None:
     """Cut the FFNs of a dense model into shared and routed experts, so that fewer of its neurons run per token.
 
-    Nothing is trained: the experts come from how neurons react to the calibration text.
+    Nothing is trained, except by --recover-steps: the experts come from how neurons react to the calibration text.
+    `moe recover` has more settings for the training; `moe tomoe` is the method that trains masks.
 
     Example: `moe carve SmolLM2-135M smol-moe --calibration wiki.txt --shared 2 --top-k 4 --to glm4_moe`
     """
@@ -56,10 +60,12 @@ def carve(
 
     from moe.convert.carve.card import describe
     from moe.convert.carve.options import CarveOptions
+    from moe.convert.carve.recovered import carve_and_recover
     from moe.convert.carve.run import LayerReport, carved_config, check_format
     from moe.convert.carve.run import carve as run
     from moe.convert.carve.text import read_windows
     from moe.convert.carve.types import CarveShape
+    from moe.convert.recover import Point, RecoverOptions
     from moe.models.folder import ModelFolder
 
     hf_logging.disable_progress_bar()
@@ -84,16 +90,23 @@ def carve(
             f"gate recall {quality.recall:.1%}, {layer.seconds:.1f} s"
         )
 
-    done = run(
-        dense,
-        out,
-        text.calibration_BL,
-        options,
-        to=to,
-        check_BL=None if not verify else text.calibration_BL if text.evaluation_BL is None else text.evaluation_BL,
-        report=report,
-        describe=lambda carved: describe(carved, dense, options, to, command, f"{tokens} tokens"),
-    )
+    def report_step(point: Point) -> None:
+        if point.loss is not None and point.step % 10 == 0:
+            say(f"recovery step {point.step} of {recover_steps}: loss {point.loss:.4f}")
+
+    how: dict[str, Any] = {
+        "to": to,
+        "check_BL": None if not verify else text.calibration_BL if text.evaluation_BL is None else text.evaluation_BL,
+        "report": report,
+        "describe": lambda carved: describe(carved, dense, options, to, command, f"{tokens} tokens"),
+    }
+    if recover_steps:
+        recover = RecoverOptions(steps=recover_steps, seed=seed, eval_every=0)
+        both = carve_and_recover(dense, out, text.calibration_BL, options, recover, report_step=report_step, **how)
+        done = both.carved
+        say(f"recovery: held-out perplexity {both.recovered.before:.3f} -> {both.recovered.after:.3f}")
+    else:
+        done = run(dense, out, text.calibration_BL, options, **how)
     result: dict[str, Any] = {
         "model": str(out),
         "active_share": options.shape.active_share,
@@ -112,6 +125,8 @@ def _flags(values: dict[str, Any]) -> list[str]:
     words = [word for file in values["calibration"] for word in ("--calibration", str(file))]
     for name in ("experts", "shared", "top_k", "method", "tokens", "window", "gate", "to", "seed"):
         words += [f"--{name.replace('_', '-')}", str(values[name])]
+    if values["recover_steps"]:
+        words += ["--recover-steps", str(values["recover_steps"])]
     if values["evaluate"] is not None:  # decides which part of a file calibrates
         words += ["--eval", str(values["evaluate"])]
     words.append("--refit" if values["refit"] else "--no-refit")

@@ -152,7 +152,8 @@ def carved_config(source: ModelFolder, options: CarveOptions) -> MoEConfig:
         ValueError: an unknown method, an impossible shape, or a source whose FFNs experts cannot replace.
     """
     if options.method not in CARVERS:
-        raise ValueError(f"--method {options.method!r} is unknown; {nearest(options.method, CARVERS)}")
+        trained = "; tomoe is trained, and has a command of its own: moe tomoe" if options.method == "tomoe" else ""
+        raise ValueError(f"--method {options.method!r} is unknown; {nearest(options.method, CARVERS)}{trained}")
     check_dense(source, range(source.config.num_hidden_layers))
     per_expert = options.shape.check(source.config.intermediate_size)
     spec = moe_spec(options.shape, per_expert, activation(source.config), gate_class(options))

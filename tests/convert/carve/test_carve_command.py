@@ -1,6 +1,7 @@
 """`moe carve` and the engine behind it: folders that load, exactness, refusals."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -186,6 +187,43 @@ def test_the_evaluated_part_of_a_file_does_not_calibrate(tmp_path: Path) -> None
     split = command(tmp_path, "--calibration", str(text), "--tokens", "4032", "--eval", str(text))
     assert split.exit_code == 2
     assert "calibration text 1 has 3264 tokens, and 4032 of it are wanted" in split.stderr.replace("\n", " ")
+
+
+def test_carve_and_recover(tmp_path: Path) -> None:
+    """The training ends in the format asked for, nothing of the steps between is left, and the card tells of both."""
+    save_tokenizer(dense(tmp_path).path)
+    text = write_text(tmp_path / "a.txt")
+    shape = [
+        "--experts",
+        "8",
+        "--shared",
+        "2",
+        "--top-k",
+        "2",
+        "--method",
+        "llama-moe",
+        "--no-refit",
+        "--to",
+        "glm4_moe",
+    ]
+    result = command(tmp_path, "--calibration", str(text), *shape, "--recover-steps", "12")
+    assert result.exit_code == 0, result.stderr
+    assert "recovery step 10 of 12: loss " in result.stderr
+    before, after = re.search(r"held-out perplexity ([\d.]+) -> ([\d.]+)", result.stderr).groups()
+    assert float(after) < float(before)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "carved", "dense"]
+    assert load(tmp_path / "carved").config.model_type == "glm4_moe"
+    card = (tmp_path / "carved" / "README.md").read_text()
+    assert "--recover-steps 12" in card
+    assert "## Recovery training" in card
+
+
+def test_tomoe_is_pointed_to(tmp_path: Path) -> None:
+    save_tokenizer(dense(tmp_path).path)
+    text = write_text(tmp_path / "a.txt")
+    result = command(tmp_path, "--calibration", str(text), "--method", "tomoe")
+    assert result.exit_code == 2
+    assert "moe tomoe" in result.stderr.replace("\n", " ")
 
 
 def test_command_errors(tmp_path: Path) -> None:
