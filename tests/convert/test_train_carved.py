@@ -26,7 +26,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     dense, text = write_source(folder)
     windows = read_windows(dense, [text], 640, 32).calibration_BL
     shape = CarveShape(num_experts=8, num_shared=2, top_k=3)  # 6 routed experts, 3 on each rank
-    options = CarveOptions(shape=shape, method="weaver", gate="linear")
+    options = CarveOptions(shape=shape, method="weaver", gate="ridge")
     carve(ModelFolder(dense), folder / "carved", windows, options)
     tomoe_convert(
         dense, folder / "tomoe", windows, ToMoEOptions(num_experts=4, active_share=0.6, steps=2, width_multiple=8)

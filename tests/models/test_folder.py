@@ -111,7 +111,7 @@ def write_for_ever(out: Path, progress: Connection) -> None:
 @pytest.mark.parametrize("killer", [signal.SIGKILL, signal.SIGINT])
 def test_a_killed_writer_leaves_no_model(killer: signal.Signals, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    context = multiprocessing.get_context("fork")
+    context = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
     here, there = context.Pipe()
     process = context.Process(target=write_for_ever, args=(out, there))
     process.start()

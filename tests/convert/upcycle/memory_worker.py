@@ -1,11 +1,10 @@
 """Upcycles in a process of its own and prints how much memory that took.
 
 ``anonymous`` is what the process allocated; ``mapped`` are pages of the source's files, which the kernel may take back at any time;
-``peak`` is the largest sum of both, as the kernel counts it (``ru_maxrss``).
+``peak`` is the largest sum of both, as the kernel counts it (``VmHWM``; ``ru_maxrss`` begins at the parent's).
 """
 
 import json
-import resource
 import sys
 import threading
 from pathlib import Path
@@ -19,7 +18,7 @@ from moe.convert.upcycle.run import upcycle
 def status() -> dict[str, int]:
     """Bytes by the names of /proc/self/status."""
     lines = Path("/proc/self/status").read_text().splitlines()
-    return {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.startswith("Rss")}
+    return {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.startswith(("Rss", "VmHWM"))}
 
 
 def main(source: str, out: str, options: str) -> None:
@@ -42,7 +41,7 @@ def main(source: str, out: str, options: str) -> None:
         "before": before["RssAnon"] + before["RssFile"],
         "anonymous": highest["RssAnon"] - before["RssAnon"],
         "mapped": highest["RssFile"] - before["RssFile"],
-        "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak": status()["VmHWM"],
     }
     print(json.dumps(found))
 
