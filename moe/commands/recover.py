@@ -27,10 +27,11 @@ def recover(
     distill: Annotated[Path | None, typer.Option(help="Folder of the dense model, to stay close to.")] = None,
     distill_weight: Annotated[float, typer.Option(help="Factor on that distance; the loss on the text has 1.")] = 1.0,
     router_lr: Annotated[
-        float, typer.Option(help="Learning rate of the routers relative to the size of their weights; 0 freezes them.")
+        float,
+        typer.Option(help="How far a step may move a router's scores, as a share of their spread; 0 freezes routers."),
     ] = 0.0,
     balance_rate: Annotated[
-        float, typer.Option(help="Step of the selection bias relative to the spread of scores; 0 leaves it.")
+        float, typer.Option(help="Step of the selection bias, as a share of the spread of scores; 0 leaves it.")
     ] = 0.0,
     rank: Annotated[int, typer.Option(min=1, help="lora: rank.")] = 8,
     eval_every: Annotated[int, typer.Option(min=0, help="Steps between evaluations; 0: at both ends only.")] = 50,

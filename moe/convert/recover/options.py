@@ -17,10 +17,11 @@ class RecoverOptions:
         warmup: share of the steps in which the learning rate rises; then it falls by a half cosine to a tenth.
         batch_size: windows per step.
         micro_batch_size: windows per forward; by default all of a step.
-        clip: largest gradient norm.
+        clip: largest gradient norm, of the routers and of everything else.
         weight_decay: of matrices; routers have none.
-        router_lr: learning rate of the routers relative to the size of their weights (see `routers`); 0 freezes them.
-        balance_rate: step of the selection bias per optimizer step, relative to the spread of a token's scores; 0 leaves it.
+        router_lr: how far a step may move a token's logits, as a share of their spread over experts (see `routers`); 0 freezes
+            the routers.
+        balance_rate: step of the selection bias per optimizer step, as a share of the spread of a token's scores; 0 leaves it.
         distill: factor on the distance to the teacher, where there is one.
         lora_rank, lora_alpha: r and alpha; updates are multiplied by alpha / r.
         bf16: compute under bf16 autocast; weights and optimizer states are fp32.

@@ -8,6 +8,7 @@ Legend: B windows, L window length.
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from moe.convert.distill import distillation
 from moe.convert.recover.lora import add_lora
 from moe.convert.recover.options import RecoverOptions
-from moe.convert.recover.routers import moving_bias, router_groups, router_parameters, score_spreads
+from moe.convert.recover.routers import RouterScale, moving_bias, router_parameters, router_scales
 from moe.layer import finish_step, moe_layers
 from moe.models.evaluate import perplexity
 
@@ -70,33 +71,39 @@ class Recovery:
                 "give the dense model that it was made from"
             )
         self._teacher = None if teacher is None else teacher.requires_grad_(False).eval()
-        routers = router_parameters(self.layers)
+        self._routers = [router_parameters(layer) for layer in self.layers]
+        self._scales = self._measured(model) if options.router_lr or options.balance_rate else []
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(options.seed)
             self.model = model if options.mode == "full" else add_lora(model, options.lora_rank, options.lora_alpha)
-        for parameter in routers:
+        for parameter in chain(*self._routers):
             parameter.requires_grad_(options.router_lr > 0)
-        own = set(map(id, routers))
-        others = [p for p in self.model.parameters() if p.requires_grad and id(p) not in own]
-        groups = [
-            {"params": [p for p in others if p.dim() >= 2], "weight_decay": options.weight_decay},
-            {"params": [p for p in others if p.dim() < 2], "weight_decay": 0.0},
-        ]
-        if options.router_lr:
-            groups += router_groups(routers, options.router_lr)
-        groups = [group for group in groups if group["params"]]
-        self._optimizer = torch.optim.AdamW(groups, lr=options.peak_lr, betas=(0.9, 0.95))
+        own = set(map(id, chain(*self._routers)))
+        self._others = [p for p in self.model.parameters() if p.requires_grad and id(p) not in own]
+        self._optimizer = torch.optim.AdamW(self._groups(), lr=options.peak_lr, betas=(0.9, 0.95))
         self._schedule = torch.optim.lr_scheduler.LambdaLR(self._optimizer, lambda step: lr_factor(options, step))
         self._order = _shuffled_forever(len(windows_BL), options.seed)
+
+    def _measured(self, model: Any) -> list[RouterScale]:
+        with self._autocast():
+            return router_scales(model.eval(), self.layers, self._windows_BL[:1].to(self._device))
+
+    def _groups(self) -> list[dict[str, Any]]:
+        """Matrices, vectors, and every router tensor with its own learning rate."""
+        options = self.options
+        groups: list[dict[str, Any]] = [
+            {"params": [p for p in self._others if p.dim() >= 2], "weight_decay": options.weight_decay},
+            {"params": [p for p in self._others if p.dim() < 2], "weight_decay": 0.0},
+        ]
+        for parameters, scale in zip(self._routers, self._scales, strict=True) if options.router_lr else ():
+            for p in parameters:
+                groups.append({"params": [p], "weight_decay": 0.0, "lr": scale.learning_rate(p, options.router_lr)})
+        return [group for group in groups if group["params"]]
 
     def run(self, report: Callable[[Point], None] = lambda point: None) -> list[Point]:
         """Train all steps; the points that were reported, the first before any step. LoRA is merged into `model` then."""
         options, points = self.options, []
-        rates = [0.0] * len(self.layers)
-        if options.balance_rate:
-            self.model.eval()
-            spreads = score_spreads(self.model, self.layers, self._windows_BL[:1].to(self._device))
-            rates = [options.balance_rate * spread for spread in spreads]
+        rates = [options.balance_rate * scale.score_spread for scale in self._scales] or [0.0] * len(self.layers)
         with moving_bias(self.layers, rates):
             for step in range(options.steps + 1):
                 point = self._step(step) if step else Point(step=0, tokens=0)
@@ -130,8 +137,9 @@ class Recovery:
             distance += 0.0 if part_distance is None else part_distance.item() / num_parts
         if not math.isfinite(loss):
             raise ValueError(f"the loss of step {step} is {loss}; lower recover.lr={options.peak_lr}")
-        trained = [p for group in self._optimizer.param_groups for p in group["params"]]
-        torch.nn.utils.clip_grad_norm_(trained, options.clip)
+        # Routers apart: the smaller their weights, the larger are their gradients, which would be all of one norm.
+        for parameters in (self._others, list(chain(*self._routers))):
+            torch.nn.utils.clip_grad_norm_(parameters, options.clip)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         self._schedule.step()

@@ -177,6 +177,17 @@ def test_shared_experts_hold_what_all_have_and_save_memory() -> None:
         assert not routed & set(shared.shared_LS[layer].tolist())
 
 
+def test_shared_experts_take_no_neuron_that_one_expert_lacks() -> None:
+    """However much the others want it."""
+    trained = random_masks(overlap=0.3)
+    trained.scores_LEF[:, 0, NEURONS - 1] = -1.0
+    trained.scores_LEF[:, 1:, NEURONS - 1] = 100.0
+    plan = plan_experts(trained, 0.5, 2, shared=True)
+    assert plan.num_shared >= 1
+    assert not (plan.shared_LS == NEURONS - 1).any()
+    assert plan.masks()[:, 0, NEURONS - 1].sum() == 0
+
+
 def test_without_common_neurons_there_are_no_shared_experts() -> None:
     scores_LEF = torch.zeros(LAYERS, EXPERTS, NEURONS)
     for expert in range(EXPERTS):  # a partition

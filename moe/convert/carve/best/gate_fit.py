@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from moe.convert.carve.best.grouping import spread
 from moe.convert.carve.gates import best
 from moe.convert.carve.types import LinearGate
 
@@ -34,8 +35,8 @@ def fit_gate(energy_TR: Tensor, x_TD: Tensor, top_k: int) -> LinearGate:
     stakes_TR = stakes_TR / stakes_TR.mean().clamp_min(torch.finfo(stakes_TR.dtype).tiny)
     wanted_TR = best(energy_TR, top_k).to(x_TD.dtype)
     mean_D = x_TD.mean(0)
-    scale_D = x_TD.std(0).clamp_min(1e-6 * float(x_TD.std()) + 1e-30)
-    unit_TD = (x_TD - mean_D) / scale_D
+    spread_D = spread(x_TD)
+    unit_TD = (x_TD - mean_D) / spread_D
 
     weight_DR = x_TD.new_zeros(dim, num_routed, requires_grad=True)
     bias_R = x_TD.new_zeros(num_routed, requires_grad=True)
@@ -52,5 +53,5 @@ def fit_gate(energy_TR: Tensor, x_TD: Tensor, top_k: int) -> LinearGate:
         return value.detach()
 
     optimizer.step(loss)  # type: ignore[no-untyped-call]
-    weight_RD = (weight_DR.detach() / scale_D[:, None]).T.contiguous()
+    weight_RD = (weight_DR.detach() / spread_D[:, None]).T.contiguous()
     return LinearGate(weight_RD=weight_RD, bias_R=bias_R.detach() - weight_RD @ mean_D)

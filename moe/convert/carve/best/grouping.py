@@ -17,7 +17,7 @@ from moe.convert.carve.types import CarveShape
 from moe.convert.carve.weaver import balanced_kmeans
 from moe.routers.assignment import balanced_assignment
 
-_ROUNDS = 10
+_ROUNDS = 8
 _RIDGE = 1e-2  # of each input's variance
 
 
@@ -41,10 +41,24 @@ def group_neurons(energy_TF: Tensor, x_TD: Tensor, shape: CarveShape, generator:
         runs_TE = torch.cat((mask_TE, mask_TE.new_ones(len(mask_TE), 1)), 1).to(energy_TF.dtype)
         # What a neuron misses. Not what it gets: all its columns would be near its energy, and rounding would decide.
         missed_FE = -(energy_TF.T @ (1 - runs_TE))
-        before_F, expert_F = expert_F, of_column[balanced_assignment(missed_FE[:, of_column])]
+        before_F, expert_F = (
+            expert_F,
+            of_column[balanced_assignment(_tamed(missed_FE, per_expert, shape)[:, of_column])],
+        )
         if torch.equal(expert_F, before_F):
             break
     return expert_F
+
+
+def _tamed(missed_FE: Tensor, per_expert: int, shape: CarveShape) -> Tensor:
+    """Without the few huge losses that would be the range of all scores, and so all that the assignment's start sees.
+
+    They are those of neurons that half of the shared room holds, which nothing else is worth as much as.
+    """
+    if shape.num_shared == 0:
+        return missed_FE
+    best_elsewhere_F = missed_FE[:, : shape.num_routed].max(1).values
+    return missed_FE.clamp_min(best_elsewhere_F.sort().values[shape.num_shared * per_expert // 2])
 
 
 def expert_energy(energy_TF: Tensor, expert_F: Tensor, num_routed: int) -> Tensor:
@@ -52,15 +66,24 @@ def expert_energy(energy_TF: Tensor, expert_F: Tensor, num_routed: int) -> Tenso
     return energy_TF @ F.one_hot(expert_F, num_routed + 1)[:, :num_routed].to(energy_TF.dtype)
 
 
+def spread(x_TD: Tensor) -> Tensor:
+    """(D,) standard deviation of each input; infinite for one that is constant to rounding, so that dividing by it drops it."""
+    spread_D = x_TD.std(0, correction=0)
+    return torch.where(spread_D > 1e-6 * x_TD.square().mean(0).sqrt(), spread_D, torch.inf)
+
+
 class _Predictor:
-    """Ridge regression on the tokens' inputs."""
+    """Ridge regression on the tokens' inputs, each in units of its own spread.
+
+    Else the slopes' direction would be that of the input that varies least: one that hardly ever moves has the largest slope.
+    """
 
     def __init__(self, x_TD: Tensor) -> None:
-        self.x_TD = x_TD - x_TD.mean(0)
+        self.x_TD = (x_TD - x_TD.mean(0)) / spread(x_TD)
         self._gram_DD = self.x_TD.T @ self.x_TD
 
     def fit(self, target_TO: Tensor) -> Tensor:
-        """(D, O) slopes."""
+        """(D, O) slopes: change of the target per spread of an input."""
         return solve_ridge(self._gram_DD, self.x_TD.T @ target_TO, _RIDGE)
 
     def __call__(self, target_TO: Tensor) -> Tensor:

@@ -100,6 +100,19 @@ def test_grouping_lets_neurons_change_places() -> None:
     assert torch.equal(found_F == 3, group_F == 3)
 
 
+def test_grouping_does_not_depend_on_the_inputs_units() -> None:
+    """An input that hardly moves would otherwise decide on its own where k-means starts."""
+    energy_TF, x_TD = normal(0, 500, 24).square(), normal(1, 500, 8)
+    x_TD[:, 3] = 0
+    shape = CarveShape(num_experts=6, num_shared=1, top_k=2)
+    units_D = torch.logspace(-4, 4, 8, dtype=torch.float64)
+    one_F, other_F = (
+        group_neurons(energy_TF, inputs_TD, shape, torch.Generator().manual_seed(0))
+        for inputs_TD in (x_TD, x_TD * units_D + 3 * units_D)
+    )
+    assert torch.equal(one_F, other_F)
+
+
 def test_expert_energy_sums_its_neurons() -> None:
     energy_TF, expert_F = normal(0, 7, 6).square(), torch.tensor([0, 2, 1, 2, 0, 1])
     expected_TR = torch.stack([energy_TF[:, [0, 4]].sum(1), energy_TF[:, [2, 5]].sum(1)], 1)
