@@ -110,7 +110,9 @@ class _Rebalancing:
             path = [last]
             while (before := previous_E[path[0]]) >= 0:
                 path.insert(0, before)
-                assert len(path) <= self.num_experts
+                if before in path[1:]:  # what rounding left unnoticed has added up to a gain: take that first
+                    path = path[: path.index(before, 1) + 1]
+                    break
             self._push(path)
 
     def _cheapest_moves(self, expert: int) -> Tensor:
@@ -123,10 +125,12 @@ class _Rebalancing:
         return loss_E
 
     def _push(self, path: list[int]) -> None:
-        """Move one token from each expert of the path to the next, or as many as cost the same and have room."""
+        """Move one token from each expert of the path, or cycle, to the next, or as many as cost the same and have room."""
         first, last = path[0], path[-1]
         spare = self.loads_E[first] - (self.most if self.loads_E[first] > self.most else self.least)
         room = (self.least if self.loads_E[last] < self.least else self.most) - self.loads_E[last]
+        if first == last:
+            spare = room = self.most
         tokens = []
         for here, there in itertools.pairwise(path):
             members_n = (self.expert_ids_T == here).nonzero()[:, 0]

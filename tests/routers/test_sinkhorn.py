@@ -10,6 +10,7 @@ from helpers.routing import check_routing, make_router
 from helpers.soft import group_lists
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from moe.routers.assignment import balanced_assignment, sinkhorn_prices
@@ -320,3 +321,20 @@ def test_choice_is_of_the_clean_logits() -> None:
 def test_bad_options(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_router(D, E, name="sinkhorn", **options)
+
+
+def test_differences_that_do_not_count_may_add_up_to_one_that_does() -> None:
+    """The search then walked around a cycle of experts for ever; a gain along a cycle is taken first."""
+    generator = torch.Generator().manual_seed(272)
+    for first, last in ((4, 60), (3, 7)):  # the draws by which this case was found
+        torch.randint(first, last, (1,), generator=generator)
+    size_T1 = torch.rand(46, 1, generator=generator, dtype=torch.float64) * 4
+    detail_TE = torch.rand(46, 6, generator=generator, dtype=torch.float64)
+    scores_TE = size_T1 + detail_TE * 10.0 ** -int(torch.randint(8, 11, (1,), generator=generator))
+    expert_ids_T = balanced_assignment(scores_TE)
+    loads_E = torch.bincount(expert_ids_T, minlength=6)
+    assert loads_E.max() - loads_E.min() <= 1
+    cost = torch.cat([scores_TE] * 8, 1).numpy()  # eight seats an expert
+    rows, columns = linear_sum_assignment(-cost)
+    best = cost[rows, columns].sum()
+    assert scores_TE.gather(1, expert_ids_T[:, None]).sum().item() == pytest.approx(best, abs=46 * 4 * 1e-9)
