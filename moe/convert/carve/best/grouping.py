@@ -41,24 +41,10 @@ def group_neurons(energy_TF: Tensor, x_TD: Tensor, shape: CarveShape, generator:
         runs_TE = torch.cat((mask_TE, mask_TE.new_ones(len(mask_TE), 1)), 1).to(energy_TF.dtype)
         # What a neuron misses. Not what it gets: all its columns would be near its energy, and rounding would decide.
         missed_FE = -(energy_TF.T @ (1 - runs_TE))
-        before_F, expert_F = (
-            expert_F,
-            of_column[balanced_assignment(_tamed(missed_FE, per_expert, shape)[:, of_column])],
-        )
+        before_F, expert_F = expert_F, of_column[balanced_assignment(missed_FE[:, of_column])]
         if torch.equal(expert_F, before_F):
             break
     return expert_F
-
-
-def _tamed(missed_FE: Tensor, per_expert: int, shape: CarveShape) -> Tensor:
-    """Without the few huge losses that would be the range of all scores, and so all that the assignment's start sees.
-
-    They are those of neurons that half of the shared room holds, which nothing else is worth as much as.
-    """
-    if shape.num_shared == 0:
-        return missed_FE
-    best_elsewhere_F = missed_FE[:, : shape.num_routed].max(1).values
-    return missed_FE.clamp_min(best_elsewhere_F.sort().values[shape.num_shared * per_expert // 2])
 
 
 def expert_energy(energy_TF: Tensor, expert_F: Tensor, num_routed: int) -> Tensor:
