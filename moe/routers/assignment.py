@@ -130,7 +130,7 @@ class _Rebalancing:
         spare = self.loads_E[first] - (self.most if self.loads_E[first] > self.most else self.least)
         room = (self.least if self.loads_E[last] < self.least else self.most) - self.loads_E[last]
         if first == last:
-            spare = room = self.most
+            spare = room = self.loads_E[first]  # a cycle changes no load
         tokens = []
         for here, there in itertools.pairwise(path):
             members_n = (self.expert_ids_T == here).nonzero()[:, 0]
