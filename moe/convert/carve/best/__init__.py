@@ -1,4 +1,4 @@
-"""The method ``best``: what a neuron is worth, who runs together, and a linear gate, each fitted to what the output loses."""
+"""The method ``best``: experts, a linear gate and a refit, each fitted to what is lost of the output."""
 
 from moe.convert.carve.best.best import carve_best
 

@@ -7,6 +7,8 @@ one half while the other is held (the second a balanced assignment), so what the
 Legend: T tokens, D model, F neurons, R routed experts, m neurons of an expert.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -18,12 +20,13 @@ from moe.convert.carve.weaver import balanced_kmeans
 from moe.routers.assignment import balanced_assignment
 
 _ROUNDS = 8
+_STARTS = 4
 _RIDGE = 1e-2  # of each input's variance
 
 
 @torch.no_grad()
 def group_neurons(energy_TF: Tensor, x_TD: Tensor, shape: CarveShape, generator: torch.Generator) -> Tensor:
-    """(F,) int64 routed expert of each neuron, or R for a shared one.
+    """(F,) int64 routed expert of each neuron, or R for a shared one: the best of a few starts.
 
     Args:
         energy_TF: what of a token's output a neuron accounts for.
@@ -31,23 +34,36 @@ def group_neurons(energy_TF: Tensor, x_TD: Tensor, shape: CarveShape, generator:
         shape: numbers of experts; they divide F.
         generator: draws where k-means starts.
     """
-    per_expert = shape.check(energy_TF.shape[1])
     predictor = _Predictor(x_TD)
-    expert_F = _start(energy_TF, predictor, shape, per_expert, generator)
+    found = [_group_once(energy_TF, predictor, shape, generator) for _ in range(_STARTS)]
+    return min(found, key=lambda grouping: grouping.missed).expert_F
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Grouping:
+    """Expert of each neuron, and the energy that tokens miss under the gate that predicted it last."""
+
+    expert_F: Tensor
+    missed: float
+
+
+def _group_once(energy_TF: Tensor, predictor: "_Predictor", shape: CarveShape, generator: torch.Generator) -> _Grouping:
+    """From one start to where nothing changes, or for so many rounds."""
+    expert_F = _start(energy_TF, predictor, shape, generator)
     # Shared experts are one column each, since all columns of the assignment have the same room.
     of_column = torch.tensor([*range(shape.num_routed), *[shape.num_routed] * shape.num_shared])
     for _ in range(_ROUNDS):
-        mask_TE = best(predictor(expert_energy(energy_TF, expert_F, shape.num_routed).sqrt()), shape.top_k)
-        runs_TE = torch.cat((mask_TE, mask_TE.new_ones(len(mask_TE), 1)), 1).to(energy_TF.dtype)
+        mask_TR = best(predictor(_sums(energy_TF, expert_F, shape.num_routed).sqrt()), shape.top_k)
+        runs_TE = torch.cat((mask_TR, mask_TR.new_ones(len(mask_TR), 1)), 1).to(energy_TF.dtype)
         # What a neuron misses. Not what it gets: all its columns would be near its energy, and rounding would decide.
-        missed_FE = -(energy_TF.T @ (1 - runs_TE))
-        before_F, expert_F = expert_F, of_column[balanced_assignment(missed_FE[:, of_column])]
+        missed_FE = energy_TF.T @ (1 - runs_TE)
+        before_F, expert_F = expert_F, of_column[balanced_assignment(-missed_FE[:, of_column])]
         if torch.equal(expert_F, before_F):
             break
-    return expert_F
+    return _Grouping(expert_F=expert_F, missed=float(missed_FE.gather(1, expert_F[:, None]).sum()))
 
 
-def expert_energy(energy_TF: Tensor, expert_F: Tensor, num_routed: int) -> Tensor:
+def _sums(energy_TF: Tensor, expert_F: Tensor, num_routed: int) -> Tensor:
     """(T, R) summed over the neurons of each routed expert."""
     return energy_TF @ F.one_hot(expert_F, num_routed + 1)[:, :num_routed].to(energy_TF.dtype)
 
@@ -77,12 +93,10 @@ class _Predictor:
         return self.x_TD @ self.fit(target_TO) + target_TO.mean(0)
 
 
-def _start(
-    energy_TF: Tensor, predictor: _Predictor, shape: CarveShape, per_expert: int, generator: torch.Generator
-) -> Tensor:
+def _start(energy_TF: Tensor, predictor: _Predictor, shape: CarveShape, generator: torch.Generator) -> Tensor:
     """Shared: the most energy. The others: balanced k-means on the direction of x along which their activation grows."""
     order_F = energy_TF.sum(0).argsort(descending=True, stable=True)
-    rest_M = order_F[shape.num_shared * per_expert :]
+    rest_M = order_F[shape.num_shared * shape.check(len(order_F)) :]
     slopes_MD = F.normalize(predictor.fit(energy_TF[:, rest_M].sqrt()).T, dim=1)
     expert_F = torch.full_like(order_F, shape.num_routed)
     expert_F[rest_M] = balanced_kmeans(slopes_MD, shape.num_routed, generator)

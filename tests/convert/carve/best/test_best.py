@@ -6,7 +6,7 @@ import pytest
 import torch
 from convert.carve.best.planted import SHAPE as PLANTED_SHAPE
 from convert.carve.best.planted import F, M, R, plant, same_groups
-from convert.carve.carve_case import SHAPE, activations, make_case
+from convert.carve.carve_case import SHAPE, activations, make_case, random_carving
 from convert.carve.carve_case import D as CASE_D
 from convert.carve.carve_case import F as CASE_F
 
@@ -14,7 +14,6 @@ from moe.convert.carve import static
 from moe.convert.carve.best import best as best_module
 from moe.convert.carve.best.best import carve_best
 from moe.convert.carve.best.gate_fit import fit_gate
-from moe.convert.carve.best.saliency import saliencies
 from moe.convert.carve.gates import best, carved_output, expert_energy, expert_of_neuron, scores
 from moe.convert.carve.neurons import output
 from moe.convert.carve.refit import refit
@@ -49,7 +48,7 @@ def test_planted_experts_are_found(seed: int) -> None:
 
 def test_beats_static_pruning_and_random_experts_where_tokens_differ() -> None:
     case, held_out = plant(3, noise=0.3), plant(3, num_tokens=2400, noise=0.3)
-    unseen = best_module._part(held_out.inputs, slice(1200, 2400))
+    unseen = LayerInputs(**{name: values[1200:] for name, values in vars(held_out.inputs).items()})
     carving = carve_best(case.ffn, case.inputs, PLANTED_SHAPE, seeded())
     control = static.carve(case.ffn, case.inputs, PLANTED_SHAPE, seeded())
     control = refit(case.ffn, case.inputs, control, PLANTED_SHAPE.top_k, best_module.REFIT_SHARE)
@@ -118,25 +117,6 @@ def test_the_generator_decides() -> None:
     assert torch.equal(one.gate.weight_RD, same.gate.weight_RD) and torch.equal(one.gate.bias_R, same.gate.bias_R)
 
 
-def test_energy_is_what_nothing_replaces(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Over all tokens a neuron's energy is its saliency, with as many neurons left as are shared."""
-    case = make_case()
-    inputs = best_module._spread(case.inputs, len(case.inputs.x_TD))
-    h_TF = activations(case.ffn, inputs.x_TD)
-    expected_F = saliencies((h_TF * inputs.weights_T[:, None]).T @ h_TF, case.ffn.down_DF, num_kept=8)
-    energy_TF = best_module._energy(case.ffn, inputs, best_module._worth(case.ffn, case.inputs, 8))
-    torch.testing.assert_close(energy_TF.sum(0), expected_F, rtol=1e-3, atol=0)
-    asked = []
-
-    def spy(gram_FF: torch.Tensor, down_DF: torch.Tensor, num_kept: int) -> torch.Tensor:
-        asked.append(num_kept)
-        return saliencies(gram_FF, down_DF, num_kept)
-
-    monkeypatch.setattr(best_module, "saliencies", spy)
-    carve_best(case.ffn, case.inputs, SHAPE, seeded())
-    assert asked == [8]
-
-
 def test_units_of_tokens_weights_do_not_matter() -> None:
     case = make_case()
     scaled = dataclasses.replace(case.inputs, weights_T=case.inputs.weights_T * 2.0**40)
@@ -146,20 +126,32 @@ def test_units_of_tokens_weights_do_not_matter() -> None:
     torch.testing.assert_close(one.down_DF, other.down_DF, rtol=1e-4, atol=1e-5)
 
 
-def test_tokens_without_weight_do_not_count_for_a_neurons_worth() -> None:
-    case = make_case()
+def test_tokens_without_weight_decide_nothing() -> None:
+    """With them reversed, the down-projection is as before, given the same experts and gate."""
+    case, carving = make_case(), random_carving()
     weights_T, x_TD = case.inputs.weights_T.clone(), case.inputs.x_TD.clone()
     weights_T[::3] = 0
     x_TD[::3] *= -1
     one = dataclasses.replace(case.inputs, weights_T=weights_T)
-    other = dataclasses.replace(one, x_TD=x_TD)
-    torch.testing.assert_close(best_module._worth(case.ffn, one, 8), best_module._worth(case.ffn, other, 8))
+    asked = []
+
+    def same_experts(energy_TF: torch.Tensor, *_: object) -> torch.Tensor:
+        asked.append(energy_TF)
+        return expert_of_neuron(carving)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(best_module, "group_neurons", same_experts)
+        for inputs in (one, dataclasses.replace(one, x_TD=x_TD)):
+            carve_best(case.ffn, inputs, SHAPE, seeded())
+    torch.testing.assert_close(asked[0].sum(0), asked[1].sum(0), rtol=1e-5, atol=0)
+    expected_F = one.weights_T @ activations(case.ffn, one.x_TD).square() * case.ffn.down_DF.square().sum(0)
+    torch.testing.assert_close(asked[0].sum(0) * weights_T.sum(), expected_F, rtol=1e-4, atol=0)
 
 
 def test_many_tokens_are_sampled_over_all_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     case = make_case()
     monkeypatch.setattr(best_module, "_GROUPING_TOKENS", 100)
-    monkeypatch.setattr(best_module, "_GRAM_TOKENS", 250)
+    monkeypatch.setattr(best_module, "_GATE_TOKENS", 250)
     some = best_module._spread(case.inputs, 100)
     assert len(some.x_TD) == 100 and torch.bincount(some.sequence_T).tolist() == [20] * 5
     assert float(some.weights_T.sum()) == pytest.approx(1)

@@ -1,76 +1,17 @@
-"""Saliency, grouping and gate of the method `best`, each against its definition."""
+"""Grouping and gate of the method `best`, each where the answer is known."""
 
 import torch
 from convert.carve.best.planted import plant
 from torch import Tensor
 
 from moe.convert.carve.best.gate_fit import fit_gate
-from moe.convert.carve.best.grouping import expert_energy, group_neurons
-from moe.convert.carve.best.saliency import saliencies
+from moe.convert.carve.best.grouping import group_neurons
 from moe.convert.carve.gates import best, scores
 from moe.convert.carve.types import CarveShape
 
 
 def normal(seed: int, *shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def least_error(gram_FF: Tensor, down_DF: Tensor, kept: list[int]) -> float:
-    """Least squared error of the output when only some neurons are left, their down-projection being free."""
-    gone = [neuron for neuron in range(len(gram_FF)) if neuron not in kept]
-    rest = gram_FF[gone][:, gone]
-    if kept:
-        rest = rest - gram_FF[gone][:, kept] @ torch.linalg.solve(gram_FF[kept][:, kept], gram_FF[kept][:, gone])
-    return float((down_DF[:, gone] @ rest * down_DF[:, gone]).sum())
-
-
-def test_saliency_is_the_rise_of_the_least_error() -> None:
-    """Neurons go one at a time here; each time the one whose absence costs least, all others being refitted."""
-    h_TF, down_DF = normal(0, 60, 12) @ normal(1, 12, 12), normal(2, 5, 12)
-    gram_FF = h_TF.T @ h_TF
-    before_FF, before_DF = gram_FF.clone(), down_DF.clone()
-    got_F = saliencies(gram_FF, down_DF, num_kept=4)
-    assert torch.equal(gram_FF, before_FF) and torch.equal(down_DF, before_DF)
-    damped_FF = gram_FF + torch.diag(0.1 * gram_FF.diagonal() + 1e-9 * gram_FF.diagonal().mean())
-    kept, expected = list(range(12)), {}
-    while len(kept) > 4:
-        now = least_error(damped_FF, down_DF, kept)
-        rises = {j: least_error(damped_FF, down_DF, [k for k in kept if k != j]) - now for j in kept}
-        first = min(rises, key=rises.__getitem__)
-        expected[first] = rises[first]
-        kept.remove(first)
-    now = least_error(damped_FF, down_DF, kept)
-    for j in kept:
-        expected[j] = least_error(damped_FF, down_DF, [k for k in kept if k != j]) - now
-    torch.testing.assert_close(got_F, torch.tensor([expected[j] for j in range(12)]), rtol=1e-4, atol=0.0)
-
-
-def test_a_neuron_that_another_imitates_is_worth_little() -> None:
-    h_TF, down_DF = normal(0, 200, 8), normal(1, 5, 8)
-    h_TF[:, 1] = h_TF[:, 0]
-    down_DF = down_DF / down_DF.norm(dim=0)
-    saliency_F = saliencies(h_TF.T @ h_TF, down_DF, num_kept=6)
-    # One of the twins goes for little; the other then stands for both and is worth more than any.
-    assert saliency_F[:2].min() < 0.5 * saliency_F[2:].min() and saliency_F.argmax() in (0, 1)
-
-
-def test_blocks_leave_what_slow_blocks_leave() -> None:
-    """More neurons than blocks, so that several go at once; from the others' refit on, all is as for one at a time."""
-    width, num_kept = 130, 118  # blocks of 3
-    h_TF, down_DF = normal(0, 400, width), normal(1, 6, width)
-    gram_FF = h_TF.T @ h_TF
-    damped_FF = gram_FF + torch.diag(0.1 * gram_FF.diagonal() + 1e-9 * gram_FF.diagonal().mean())
-    kept = list(range(width))
-    while len(kept) > num_kept:
-        now = least_error(damped_FF, down_DF, kept)
-        rises = [(least_error(damped_FF, down_DF, [k for k in kept if k != j]) - now, j) for j in kept]
-        gone = {j for _, j in sorted(rises)[:3]}
-        kept = [k for k in kept if k not in gone]
-    saliency_F = saliencies(gram_FF, down_DF, num_kept)
-    now = least_error(damped_FF, down_DF, kept)
-    for j in kept[::10]:
-        rise = least_error(damped_FF, down_DF, [k for k in kept if k != j]) - now
-        assert abs(rise - float(saliency_F[j])) < 1e-4 * rise
 
 
 def test_grouping_finds_who_runs_together() -> None:
@@ -111,12 +52,6 @@ def test_grouping_does_not_depend_on_the_inputs_units() -> None:
         for inputs_TD in (x_TD, x_TD * units_D + 3 * units_D)
     )
     assert torch.equal(one_F, other_F)
-
-
-def test_expert_energy_sums_its_neurons() -> None:
-    energy_TF, expert_F = normal(0, 7, 6).square(), torch.tensor([0, 2, 1, 2, 0, 1])
-    expected_TR = torch.stack([energy_TF[:, [0, 4]].sum(1), energy_TF[:, [2, 5]].sum(1)], 1)
-    torch.testing.assert_close(expert_energy(energy_TF, expert_F, 2), expected_TR)
 
 
 def test_gate_learns_a_linear_rule_and_weighs_by_stakes() -> None:
