@@ -72,12 +72,12 @@ class Size:
 
     window: int = 512
     calibration: int = 8192
-    mask_points: tuple[int, ...] = (50, 100, 200)
-    points: tuple[int, ...] = (0, 20, 40, 80)
-    batch: int = 2
+    mask_points: tuple[int, ...] = (20, 40, 80)
+    points: tuple[int, ...] = (0, 15, 30, 60)
+    batch: int = 1
     mask_rate: float = 1e-2
     rate: float = 1e-3
-    eval_windows: int = 12
+    eval_windows: int = 8
     width_multiple: int = 32
     bf16: bool = True
 

@@ -91,6 +91,7 @@ def test_held_out_loss_falls_and_routers_stay(mode: str) -> None:
     assert isinstance(recovery.model, MoEForCausalLM)
     assert recovery.evaluate() == pytest.approx(last, abs=1e-5)  # merged
     assert not recovery.model.training
+    assert all(parameter.requires_grad for parameter in recovery.model.parameters())  # as before
 
 
 def test_lora_reaches_every_expert_and_linear_layer_and_merges_exactly() -> None:

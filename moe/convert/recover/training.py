@@ -71,6 +71,7 @@ class Recovery:
                 "give the dense model that it was made from"
             )
         self._teacher = None if teacher is None else teacher.requires_grad_(False).eval()
+        self._trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         self._routers = [router_parameters(layer) for layer in self.layers]
         self._scales = self._measured(model) if options.router_lr or options.balance_rate else []
         with torch.random.fork_rng(devices=[]):
@@ -114,6 +115,8 @@ class Recovery:
                 report(point)
         if options.mode == "lora":
             self.model = self.model.merge_and_unload()
+        for name in self._trainable:
+            self.model.get_parameter(name).requires_grad_(True)
         self.model.eval()
         return points
 

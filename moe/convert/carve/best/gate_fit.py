@@ -27,8 +27,6 @@ def fit_gate(energy_TR: Tensor, x_TD: Tensor, top_k: int) -> LinearGate:
         top_k: K.
     """
     num_routed, dim = energy_TR.shape[1], x_TD.shape[1]
-    if top_k == num_routed:  # nothing to choose
-        return LinearGate(weight_RD=x_TD.new_zeros(num_routed, dim), bias_R=x_TD.new_zeros(num_routed))
     ranked_TR = energy_TR.sort(1, descending=True).values
     border_T1 = ranked_TR[:, top_k - 1 : top_k + 1].mean(1, keepdim=True)
     stakes_TR = (energy_TR - border_T1).abs()

@@ -148,15 +148,22 @@ def test_tokens_without_weight_decide_nothing() -> None:
     torch.testing.assert_close(asked[0].sum(0) * weights_T.sum(), expected_F, rtol=1e-4, atol=0)
 
 
-def test_many_tokens_are_sampled_over_all_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_tokens_are_sampled_over_all_windows_but_for_the_refit(monkeypatch: pytest.MonkeyPatch) -> None:
     case = make_case()
     monkeypatch.setattr(best_module, "_GROUPING_TOKENS", 100)
     monkeypatch.setattr(best_module, "_GATE_TOKENS", 250)
-    some = best_module._spread(case.inputs, 100)
+    some, many = (best_module._spread(case.inputs, count) for count in (100, 250))
     assert len(some.x_TD) == 100 and torch.bincount(some.sequence_T).tolist() == [20] * 5
     assert float(some.weights_T.sum()) == pytest.approx(1)
     carving = carve_best(case.ffn, case.inputs, SHAPE, seeded())
-    assert error(case.ffn, case.inputs, carving, SHAPE.top_k) < 1
+    energy_TR = expert_energy(case.ffn, carving.routed_RM, many.x_TD) * many.weights_T[:, None]
+    gate = fit_gate(energy_TR, many.x_TD, SHAPE.top_k)
+    assert isinstance(carving.gate, LinearGate)
+    torch.testing.assert_close(carving.gate.weight_RD, gate.weight_RD)
+    torch.testing.assert_close(carving.gate.bias_R, gate.bias_R)
+    refitted = refit(case.ffn, case.inputs, carving, SHAPE.top_k, best_module.REFIT_SHARE)
+    assert carving.down_DF is not None and refitted.down_DF is not None
+    torch.testing.assert_close(carving.down_DF, refitted.down_DF)
 
 
 def test_neurons_that_never_fire_do_no_harm() -> None:
