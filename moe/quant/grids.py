@@ -1,0 +1,210 @@
+"""Grids: the values that a weight or an activation may take once it is quantised.
+
+A grid splits the columns of a matrix into groups, gives each row of a group a scale (and, where it is asymmetric, a zero point)
+and rounds to codes. Weights are (..., P, Q) with the reduced dimension last; activations (..., Q) have one group per token.
+
+Legend: P output rows, Q reduced columns, G groups of Q, g columns of a group.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+FP8 = torch.float8_e4m3fn
+FP8_MAX = torch.finfo(FP8).max
+# Magnitudes of e2m1 (OCP Microscaling Formats 1.0, table 5), by the three low bits of a code; the fourth is the sign.
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+_E2M1_LARGEST_EXPONENT = 2  # 4 = 2 ** 2 is the largest power of two
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scales:
+    """Of the groups of a matrix, fp32 with the values that are stored.
+
+    Attributes:
+        scale: (..., P, G), positive and finite.
+        zero: (..., P, G) whole numbers, the code that stands for 0; ``None`` where that is code 0.
+    """
+
+    scale: Tensor
+    zero: Tensor | None = None
+
+    def of_group(self, group: int) -> "Scales":
+        """Of one group, (..., P, 1)."""
+        here = slice(group, group + 1)
+        return Scales(scale=self.scale[..., here], zero=None if self.zero is None else self.zero[..., here])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid(ABC):
+    """See the module.
+
+    Attributes:
+        group_size: columns that share a scale; ``None`` where a whole row does.
+    """
+
+    group_size: int | None = None
+
+    def check(self, num_columns: int, name: str) -> None:
+        """Raise a ValueError where groups do not divide a matrix."""
+        if self.group_size is not None and num_columns % self.group_size:
+            divisors = [size for size in (128, 64, 32, 16) if num_columns % size == 0]
+            fix = f"use --group-size {divisors[0]}" if divisors else "use a scale per row, --group-size 0"
+            raise ValueError(f"group_size={self.group_size} does not divide the {num_columns} columns of {name}; {fix}")
+
+    def grouped(self, values: Tensor) -> Tensor:
+        """(..., Q) as (..., G, g)."""
+        return values.unflatten(-1, (-1, self.group_size or values.shape[-1]))
+
+    @abstractmethod
+    def scales(self, values: Tensor, stored: torch.dtype = torch.float32, clip: float = 1.0) -> Scales:
+        """Scales by which the largest values of each group, times ``clip``, just fit.
+
+        Args:
+            values: (..., P, Q) finite, floating.
+            stored: dtype of the scales in a checkpoint, to which they are rounded here, so that codes belong to them.
+            clip: in (0, 1].
+        """
+
+    @abstractmethod
+    def encode(self, values: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+        """Nearest codes, in the dtype of ``codes``; the three broadcast against each other."""
+
+    @abstractmethod
+    def decode(self, codes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+        """fp32 values of codes; the three broadcast."""
+
+    def round(self, values: Tensor, scales: Scales) -> "Rounded":
+        """Round a whole matrix (..., P, Q) to nearest."""
+        zero = None if scales.zero is None else scales.zero[..., None]
+        codes = self.encode(self.grouped(values.float()), scales.scale[..., None], zero).flatten(-2)
+        return Rounded(codes=codes, scales=scales, grid=self)
+
+    def nearest(self, values: Tensor, stored: torch.dtype = torch.float32) -> "Rounded":
+        """Round to nearest with scales of its own."""
+        return self.round(values, self.scales(values, stored))
+
+    def simulate(self, values: Tensor) -> Tensor:
+        """What quantised arithmetic sees of ``values`` (..., Q): codes times scales, in the dtype of ``values``."""
+        return self.nearest(values).dequantize().to(values.dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rounded:
+    """A quantised matrix, or a stack of them.
+
+    Attributes:
+        codes: (..., P, Q): int8 integers, float8_e4m3fn, or uint8 with a e2m1 code in the low four bits.
+        scales: of its groups.
+        grid: that it is on.
+    """
+
+    codes: Tensor
+    scales: Scales
+    grid: Grid
+
+    def dequantize(self) -> Tensor:
+        """(..., P, Q) fp32."""
+        zero = None if self.scales.zero is None else self.scales.zero[..., None]
+        return self.grid.decode(self.grid.grouped(self.codes), self.scales.scale[..., None], zero).flatten(-2)
+
+
+def _positive(scale: Tensor, stored: torch.dtype) -> Tensor:
+    """As it is stored; where all values are zero, or too small for the dtype, any scale will do."""
+    scale = scale.to(stored)
+    return torch.where(scale > 0, scale, torch.finfo(stored).eps).float()
+
+
+@dataclass(frozen=True, kw_only=True)
+class IntGrid(Grid):
+    """Integers of ``bits`` bits, ``-2 ** (bits - 1)`` and up.
+
+    Attributes:
+        bits: 2 to 8.
+        symmetric: zero is code 0; else each group has a zero point. Scales are those of compressed-tensors 0.20
+            (``calculate_qparams``).
+    """
+
+    bits: int
+    symmetric: bool = True
+
+    @property
+    def low(self) -> int:
+        """Smallest code."""
+        return -(1 << (self.bits - 1))
+
+    @property
+    def high(self) -> int:
+        """Largest code."""
+        return (1 << (self.bits - 1)) - 1
+
+    def scales(self, values: Tensor, stored: torch.dtype = torch.float32, clip: float = 1.0) -> Scales:
+        """See `Grid`."""
+        groups = self.grouped(values.float() * clip)
+        least, most = groups.amin(-1).clamp_max(0), groups.amax(-1).clamp_min(0)
+        if self.symmetric:
+            return Scales(scale=_positive(torch.maximum(-least, most) / ((self.high - self.low) / 2), stored))
+        scale = _positive((most - least) / (self.high - self.low), stored)
+        return Scales(scale=scale, zero=(self.low - least / scale).round().clamp(self.low, self.high))
+
+    def encode(self, values: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+        """See `Grid`."""
+        scaled = values / scale if zero is None else values / scale + zero
+        return scaled.round().clamp(self.low, self.high).to(torch.int8)
+
+    def decode(self, codes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+        """See `Grid`."""
+        return (codes.float() if zero is None else codes.float() - zero) * scale
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fp8Grid(Grid):
+    """float8 e4m3 without infinities, largest value 448."""
+
+    def scales(self, values: Tensor, stored: torch.dtype = torch.float32, clip: float = 1.0) -> Scales:
+        """See `Grid`."""
+        return Scales(scale=_positive(self.grouped(values.float() * clip).abs().amax(-1) / FP8_MAX, stored))
+
+    def encode(self, values: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+        """See `Grid`."""
+        return (values / scale).clamp(-FP8_MAX, FP8_MAX).to(FP8)  # beyond the largest value the cast gives NaN
+
+    def decode(self, codes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+        """See `Grid`."""
+        return codes.float() * scale
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mxfp4Grid(Grid):
+    """e2m1 with a power of two per 32 columns (OCP Microscaling Formats 1.0)."""
+
+    group_size: int | None = 32
+
+    def scales(self, values: Tensor, stored: torch.dtype = torch.float32, clip: float = 1.0) -> Scales:
+        """The standard's rule: the power of two below the largest magnitude, less e2m1's largest exponent."""
+        most = self.grouped(values.float() * clip).abs().amax(-1)
+        _, exponent = torch.frexp(most)  # most = mantissa in [0.5, 1) times 2 ** exponent
+        exponent = torch.where(most > 0, exponent - 1 - _E2M1_LARGEST_EXPONENT, 0).clamp(-127, 127)
+        return Scales(scale=torch.ldexp(torch.ones_like(most), exponent))
+
+    def encode(self, values: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+        """Ties go to the even mantissa, as in IEEE 754."""
+        magnitude = (values / scale).abs()
+        levels = torch.tensor(E2M1, device=values.device)
+        middles = (levels[1:] + levels[:-1]) / 2
+        code = torch.bucketize(magnitude, middles)  # a tie goes down
+        is_tie = magnitude == middles[code.clamp_max(len(E2M1) - 2)]
+        code = code + (is_tie & (code % 2 == 1))
+        return (code + 8 * (values < 0)).to(torch.uint8)
+
+    def decode(self, codes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+        """See `Grid`."""
+        levels = torch.tensor([*E2M1, *(-level for level in E2M1)], device=codes.device)
+        return levels[codes.long()] * scale
+
+
+def with_group_size(grid: Grid, group_size: int | None) -> Grid:
+    """The grid with other groups."""
+    return replace(grid, group_size=group_size)
