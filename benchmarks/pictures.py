@@ -23,18 +23,9 @@ def figure(height: float, rows: int = 1, columns: int = 1) -> "tuple[Figure, lis
 
 def style(axes: "Axes", title: str, xlabel: str, ylabel: str = "") -> None:
     """Title, labels, grid and colours of one panel; scales and ticks stay as they are."""
-    from moe.train.picture_style import LIGHT
+    from moe.train.picture_style import LIGHT, style_panel
 
-    axes.set_title(title, loc="left", color=LIGHT.text, fontsize=12, fontweight="bold", pad=10)
-    axes.set_facecolor(LIGHT.page)
-    axes.grid(color=LIGHT.grid, linewidth=0.8)
-    axes.set_axisbelow(True)
-    for side, spine in axes.spines.items():
-        spine.set_visible(side == "bottom")
-        spine.set_color(LIGHT.muted)
-    axes.tick_params(colors=LIGHT.muted, labelsize=9.5, length=3)
-    axes.set_xlabel(xlabel, color=LIGHT.muted, fontsize=9.5)
-    axes.set_ylabel(ylabel, color=LIGHT.muted, fontsize=9.5)
+    style_panel(axes, LIGHT, title, xlabel, ylabel)
 
 
 def save(figure: "Figure", name: str) -> Path:

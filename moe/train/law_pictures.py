@@ -8,7 +8,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from moe.scaling.laws.own import OwnLaw, as_trained
 from moe.train.formats import compact
-from moe.train.picture_style import LIGHT, new_figure
+from moe.train.picture_style import LIGHT, new_figure, style_panel
 
 _GRID = 60  # points of the map of losses along each axis
 
@@ -37,7 +37,7 @@ def _draw_errors(axes: Axes, own: OwnLaw) -> None:
     axes.scatter(predicted, measured, color=LIGHT.accent, s=16, label="from all runs", zorder=3)
     axes.set_xlim(*ends)
     axes.set_ylim(*ends)
-    _style(axes, "Held-out loss, measured", "predicted loss")
+    style_panel(axes, LIGHT, "Held-out loss, measured", "predicted loss")
     axes.legend(loc="lower right", fontsize=9.5, labelcolor=LIGHT.text, frameon=False)
 
 
@@ -69,16 +69,4 @@ def _draw_map(axes: Axes, own: OwnLaw) -> None:
         axis.set_minor_formatter(NullFormatter())
         axis.set_major_formatter(FuncFormatter(lambda value, _: compact(value)))
     counted = {"active": "active parameters", "total_blocks": "all parameters but embeddings"}[own.law.counted]
-    _style(axes, f"Lines of equal loss over tokens, at E = {expansion:g}, G = {granularity:g}", counted)
-
-
-def _style(axes: Axes, title: str, below: str) -> None:
-    axes.set_title(title, loc="left", color=LIGHT.text, fontsize=11, fontweight="bold", pad=10)
-    axes.set_facecolor(LIGHT.page)
-    axes.grid(color=LIGHT.grid, linewidth=0.8)
-    axes.set_axisbelow(True)
-    for side, spine in axes.spines.items():
-        spine.set_visible(side == "bottom")
-        spine.set_color(LIGHT.muted)
-    axes.tick_params(colors=LIGHT.muted, labelsize=9.5, length=3)
-    axes.set_xlabel(below, color=LIGHT.muted, fontsize=9.5)
+    style_panel(axes, LIGHT, f"Lines of equal loss over tokens, at E = {expansion:g}, G = {granularity:g}", counted)

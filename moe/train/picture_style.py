@@ -121,22 +121,29 @@ def smoothed(values: Floats) -> Floats:
     return np.asarray((sums[position + ahead + 1] - sums[position - back]) / (ahead + back + 1))
 
 
-def style_axes(axes: Axes, theme: Theme, title: str) -> None:
-    """Title, ticks and grid of one panel whose x axis is the step."""
+def style_panel(axes: Axes, theme: Theme, title: str, xlabel: str, ylabel: str = "") -> None:
+    """Title, labels, grid and colours of one panel; scales and ticks stay as they are."""
     axes.set_title(title, loc="left", color=theme.text, fontsize=12, fontweight="bold", pad=10)
     axes.set_facecolor(theme.page)
-    axes.grid(axis="y", color=theme.grid, linewidth=0.8)
+    axes.grid(color=theme.grid, linewidth=0.8)
     axes.set_axisbelow(True)
     for side, spine in axes.spines.items():
         spine.set_visible(side == "bottom")
         spine.set_color(theme.muted)
     axes.tick_params(colors=theme.muted, labelsize=9.5, length=3)
+    axes.set_xlabel(xlabel, color=theme.muted, fontsize=9.5)
+    axes.set_ylabel(ylabel, color=theme.muted, fontsize=9.5)
+
+
+def style_axes(axes: Axes, theme: Theme, title: str) -> None:
+    """`style_panel`, with ticks, for a panel whose x axis is the step."""
+    style_panel(axes, theme, title, "step")
+    axes.grid(visible=False, axis="x")
     axes.tick_params(axis="y", length=0)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=ROUND))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: compact(value)))
     axes.yaxis.set_major_locator(MaxNLocator(5, steps=ROUND))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: compact(value)))
-    axes.set_xlabel("step", color=theme.muted, fontsize=9.5)
 
 
 def draw_legend(axes: Axes, theme: Theme) -> None:

@@ -9,7 +9,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocat
 
 from moe.scaling.replay import Replay
 from moe.train.formats import compact
-from moe.train.picture_style import LIGHT, Theme, new_figure
+from moe.train.picture_style import LIGHT, Theme, new_figure, style_panel
 
 _COLORS = ("#2557d6", "#d9480f", "#0b7a5b", "#8a3ffc", "#5b6470")
 _MARKERS = ("o", "s", "^", "D", "v")
@@ -44,19 +44,11 @@ def draw_replays(replays: list[Replay], title: str, path: Path) -> None:
 
 
 def _style(axes: Axes, theme: Theme, title: str, replays: list[Replay]) -> None:
-    axes.set_title(title, loc="left", color=theme.text, fontsize=11, fontweight="bold", pad=10)
-    axes.set_facecolor(theme.page)
-    axes.grid(color=theme.grid, linewidth=0.8)
-    axes.set_axisbelow(True)
-    for side, spine in axes.spines.items():
-        spine.set_visible(side == "bottom")
-        spine.set_color(theme.muted)
-    axes.tick_params(colors=theme.muted, labelsize=9.5, length=3)
+    style_panel(axes, theme, title, "expert-parallel degree")
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_locator(FixedLocator(sorted({row.ep_size for row in replays})))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f}"))
-    axes.set_xlabel("expert-parallel degree", color=theme.muted, fontsize=9.5)
 
 
 def _save(figure: Figure, title: str, path: Path) -> None:
