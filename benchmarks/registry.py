@@ -29,6 +29,8 @@ BENCHMARKS: dict[str, Callable[[], Benchmark]] = {
     "upcycle": partial(_load, "upcycle"),
     "carve": partial(_load, "carve.benchmark"),
     "recovery": partial(_load, "recovery"),
+    "quantize": partial(_load, "quantize.benchmark"),
+    "quantized-decode": partial(_load, "quantized_decode"),
     "coordinate-check": partial(_load, "coordinate_check"),
     "mup-transfer": partial(_load, "mup_transfer"),
 }

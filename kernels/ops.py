@@ -12,12 +12,13 @@ import functools
 import os
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from moe.kernels import grouped, quantized, reference
-from moe.kernels.quantized import QuantizedWeight
+from moe.kernels import grouped, quantized, quantized_cpu, reference
+from moe.kernels.quantized import Multiplier
 from moe.types import DEFAULT_FFN, FFNOptions, Routing, TopKChoices, TopKRule
 
 try:
@@ -40,11 +41,16 @@ _ROUTE_TOPK: dict[str, Callable[[Tensor, TopKRule, Tensor | None, Tensor | None]
     "reference": reference.route_topk,
     "grouped": reference.route_topk,
 }
-_EXPERT_FFN_QUANTIZED: dict[str, Callable[[Tensor, Routing, QuantizedWeight, QuantizedWeight, str], Tensor]] = {
+_EXPERT_FFN_QUANTIZED: dict[str, Callable[[Tensor, Routing, Any, Any, str], Tensor]] = {
     "reference": quantized.expert_ffn_quantized,
-    "grouped": quantized.expert_ffn_quantized,
+    "grouped": quantized_cpu.expert_ffn_quantized,
+}
+_LINEAR_QUANTIZED: dict[str, Callable[[Tensor, Any], Tensor]] = {
+    "reference": quantized.linear_quantized,
+    "grouped": quantized.linear_quantized,
 }
 if _IMPORT_ERROR is None:
+    _LINEAR_QUANTIZED["triton"] = triton_quantized_ops.linear_quantized
     _EXPERT_FFN_QUANTIZED["triton"] = triton_quantized_ops.expert_ffn_quantized
     _EXPERT_FFN["triton"] = triton_ops.expert_ffn
     _EXPERT_FFN_FP8["triton"] = triton_quantized_ops.expert_ffn_fp8
@@ -120,16 +126,15 @@ def expert_ffn(
     return table[name](x_TD, routing, w_up_EHD, w_down_EDF, activation, options)
 
 
-def expert_ffn_quantized(
-    x_TD: Tensor, routing: Routing, up: QuantizedWeight, down: QuantizedWeight, activation: str
-) -> Tensor:
+def expert_ffn_quantized(x_TD: Tensor, routing: Routing, up: Multiplier, down: Multiplier, activation: str) -> Tensor:
     """`expert_ffn` on quantised weights, for inference: asking for a gradient of the result is an error.
 
     Args:
         x_TD: (T, D) in any floating dtype. Integer weights are dequantised to it; for fp8 the rows are rounded to fp8 as well,
             with one scale each.
         routing: as for `expert_ffn`.
-        up: (E, H, D), in the order of rows of `expert_ffn`.
+        up: (E, H, D), in the order of rows of `expert_ffn`. A `QuantizedWeight` runs on any device; what
+            `quantized_cpu.for_cpu` makes of one, on CPU without ``MOE_KERNELS=triton``.
         down: (E, D, F), of the same scheme.
         activation: "swiglu" or "gelu".
 
@@ -139,6 +144,25 @@ def expert_ffn_quantized(
     quantized.check_pair(x_TD, up, down, activation)
     ffn = _EXPERT_FFN_QUANTIZED[chosen(x_TD.device.type, x_TD.dtype, up.scheme)]
     return quantized.inference_only(lambda: ffn(x_TD, routing, up, down, activation), x_TD, routing.weights_N)
+
+
+def linear_quantized(x_nQ: Tensor, weight: Multiplier) -> Tensor:
+    """Rows times a quantised matrix, for inference.
+
+    Args:
+        x_nQ: (n, Q) in any floating dtype, treated as in `expert_ffn_quantized`.
+        weight: (1, P, Q).
+
+    Returns:
+        (n, P) in the dtype of x.
+    """
+    num_matrices, _, num_columns = weight.shape
+    if num_matrices != 1 or x_nQ.shape[1] != num_columns:
+        raise ValueError(
+            f"weight {weight.shape} does not fit rows of {x_nQ.shape[1]}; it must be (1, P, {x_nQ.shape[1]})"
+        )
+    linear = _LINEAR_QUANTIZED[chosen(x_nQ.device.type, x_nQ.dtype, weight.scheme)]
+    return quantized.inference_only(lambda: linear(x_nQ, weight), x_nQ)
 
 
 def route_topk(

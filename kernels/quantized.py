@@ -8,22 +8,25 @@ Three schemes, named as servers name them:
 Integers are stored as a compressed-tensors checkpoint of format "pack-quantized" stores them, the experts stacked: see
 `pack_int32`. So a checkpoint's tensors are stacked and used, and ours can be written as they are.
 
-`expert_ffn_quantized` is the oracle of the fused kernels and the path of every device without them. It holds one expert's weights
-dequantised at a time.
+`expert_ffn_quantized` is the oracle of the fused kernels and the path of every device without them. It takes whatever can multiply
+rows by one of its matrices: a `QuantizedWeight` dequantises one matrix at a time; on CPU, weights in the layout of torch's own
+kernels (`moe.kernels.quantized_cpu`) do not.
 
 Legend: T tokens, D model, F expert FFN, H = 2F (SwiGLU) or F (GELU), E experts, N assignments, r rows of one expert, P output rows
 and Q reduced columns of a weight, G groups of Q.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from moe.kernels.grouped import sort_by_expert
 from moe.kernels.reference import activate, with_main_grads
+from moe.kernels.rounding import integer_codes, integer_scales, positive_scale
 from moe.types import DEFAULT_FFN, FFNOptions, Routing
 
 NUM_BITS = {"w4a16": 4, "w8a16": 8}  # of the integer schemes
@@ -56,9 +59,33 @@ def _check_scheme(scheme: str, group_size: int | None, num_columns: int) -> None
         )
 
 
+def num_bytes(*tensors: Tensor | None) -> int:
+    """Memory of tensors, in bytes."""
+    return sum(tensor.numel() * tensor.itemsize for tensor in tensors if tensor is not None)
+
+
+class Multiplier(Protocol):
+    """A stack of quantised matrices in some layout."""
+
+    @property
+    def scheme(self) -> str:
+        """One of `SCHEMES`."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(E, P, Q)."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the tensors, in bytes."""
+
+    def product(self, rows_rQ: Tensor, expert: int) -> Tensor:
+        """Rows times one expert's matrix, transposed: (r, P), in the dtype of the rows, for fp8 in fp32."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class QuantizedWeight:
-    """A stack of quantised matrices, one per expert.
+    """A stack of quantised matrices, one per expert, as a checkpoint stores them.
 
     Attributes:
         scheme: "w4a16", "w8a16" or "fp8".
@@ -107,8 +134,7 @@ class QuantizedWeight:
     @property
     def num_bytes(self) -> int:
         """Memory of the tensors, in bytes."""
-        tensors = (self.packed, self.scale, self.zero_point)
-        return sum(tensor.numel() * tensor.itemsize for tensor in tensors if tensor is not None)
+        return num_bytes(self.packed, self.scale, self.zero_point)
 
     def expert(self, expert: int) -> "QuantizedWeight":
         """A view of one expert's matrix, as a stack of one."""
@@ -122,13 +148,19 @@ class QuantizedWeight:
             zero_point=None if self.zero_point is None else self.zero_point[here],
         )
 
+    def product(self, rows_rQ: Tensor, expert: int) -> Tensor:
+        """See `Multiplier`; the matrix is dequantised."""
+        if self.scheme == "fp8":
+            return _fp8_product(rows_rQ, dequantize(self.expert(expert), torch.float32)[0])
+        return rows_rQ @ dequantize(self.expert(expert), rows_rQ.dtype)[0].T
+
 
 def pack_int32(codes: Tensor, num_bits: int, dim: int = -1) -> Tensor:
-    """Pack signed integers of 4 or 8 bits into int32 words along ``dim``, as compressed-tensors 0.20 does.
+    """Pack signed integers of 2 to 8 bits into int32 words along ``dim``, as compressed-tensors 0.20 does.
 
     As its ``pack_to_int32`` (compressors/pack_quantized/helpers.py) has it, 2 ** (bits - 1) is added to make codes unsigned, the
-    first code takes the lowest bits of a word, and bits past the end are 0. Weights are packed along the columns, zero points
-    along the rows.
+    first code takes the lowest bits of a word, codes that do not fit go on in the next word, and bits past the end are 0.
+    Weights are packed along the columns, zero points along the rows.
 
     Args:
         codes: (..., n, ...) integers in [-2 ** (bits - 1), 2 ** (bits - 1)).
@@ -136,46 +168,48 @@ def pack_int32(codes: Tensor, num_bits: int, dim: int = -1) -> Tensor:
     Returns:
         (..., ceil(n * bits / 32), ...) int32, contiguous.
     """
-    per_word = 32 // num_bits
+    size, (num_codes, num_words) = codes.shape[dim], _period(num_bits)
     unsigned = codes.movedim(dim, -1).to(torch.int32) + (1 << (num_bits - 1))
-    padding = -unsigned.shape[-1] % per_word
-    unsigned = torch.nn.functional.pad(unsigned, (0, padding)).unflatten(-1, (-1, per_word))
-    words = unsigned[..., 0].clone()
-    for i in range(1, per_word):
-        words |= unsigned[..., i] << (num_bits * i)
-    return words.movedim(-1, dim).contiguous()
+    unsigned = torch.nn.functional.pad(unsigned, (0, -size % num_codes)).unflatten(-1, (-1, num_codes))
+    words = unsigned.new_zeros(*unsigned.shape[:-1], num_words)
+    for i in range(num_codes):
+        word, shift = divmod(i * num_bits, 32)
+        words[..., word] |= unsigned[..., i] << shift
+        if shift + num_bits > 32:
+            words[..., word + 1] |= unsigned[..., i] >> (32 - shift)
+    words = words.flatten(-2)[..., : _ceil_div(size * num_bits, 32)].movedim(-1, dim)
+    return words.clone(memory_format=torch.contiguous_format)  # `contiguous` keeps odd strides of dimensions of size 1
 
 
 def unpack_int32(words: Tensor, num_bits: int, size: int, dim: int = -1) -> Tensor:
     """The ``size`` signed integers along ``dim`` that `pack_int32` packed; int8."""
-    shifts = torch.arange(0, 32, num_bits, dtype=torch.int32, device=words.device)
-    unsigned = (words.movedim(dim, -1)[..., None] >> shifts) & ((1 << num_bits) - 1)
-    codes = unsigned.flatten(-2)[..., :size] - (1 << (num_bits - 1))
-    return codes.to(torch.int8).movedim(-1, dim)
+    num_codes, num_words = _period(num_bits)
+    words = words.movedim(dim, -1)
+    words = torch.nn.functional.pad(words, (0, -words.shape[-1] % num_words)).unflatten(-1, (-1, num_words))
+    codes = torch.empty(*words.shape[:-1], num_codes, dtype=torch.int8, device=words.device)
+    for i in range(num_codes):
+        word, shift = divmod(i * num_bits, 32)
+        unsigned = words[..., word] >> shift
+        if shift + num_bits > 32:
+            unsigned = unsigned & ((1 << (32 - shift)) - 1) | words[..., word + 1] << (32 - shift)
+        codes[..., i] = (unsigned & ((1 << num_bits) - 1)) - (1 << (num_bits - 1))
+    return codes.flatten(-2)[..., :size].movedim(-1, dim)
 
 
-def _not_zero(scale: Tensor) -> Tensor:
-    """Where all values are zero any scale will do; this is the one of compressed-tensors (``calculate_qparams``)."""
-    return torch.where(scale == 0, torch.finfo(scale.dtype).eps, scale)
+def _period(num_bits: int) -> tuple[int, int]:
+    """How many codes fill how many words without a gap."""
+    shared = math.gcd(num_bits, 32)
+    return 32 // shared, num_bits // shared
 
 
 def _integer_parts(weight_PQ: Tensor, num_bits: int, group_size: int | None, symmetric: bool) -> dict[str, Tensor]:
-    """Scales and zero points are those of ``calculate_qparams`` in compressed-tensors 0.20 (quantization/utils/helpers.py)."""
-    num_rows, num_columns = weight_PQ.shape
-    low, high = -(1 << (num_bits - 1)), (1 << (num_bits - 1)) - 1
-    groups_PGg = weight_PQ.unflatten(1, (-1, group_size or num_columns))
-    least_PG, most_PG = groups_PGg.amin(-1).clamp_max(0), groups_PGg.amax(-1).clamp_min(0)
-    if symmetric:
-        scale_PG = _not_zero(torch.maximum(-least_PG, most_PG) / ((high - low) / 2))
-        zero_PG = torch.zeros_like(scale_PG)
-    else:
-        scale_PG = _not_zero((most_PG - least_PG) / (high - low))
-        zero_PG = (low - least_PG.float() / scale_PG.float()).round().clamp(low, high)
+    groups_PGg = weight_PQ.float().unflatten(1, (-1, group_size or weight_PQ.shape[1]))
+    scale_PG, zero_PG = integer_scales(groups_PGg, num_bits, symmetric, weight_PQ.dtype)
     # The codes belong to the scale as it is stored, after its rounding to the weight's dtype.
-    scaled_PGg = groups_PGg.float() / scale_PG.float()[..., None] + zero_PG.float()[..., None]
-    codes_PQ = scaled_PGg.round().clamp(low, high).view(num_rows, num_columns)
-    parts = {"packed": pack_int32(codes_PQ, num_bits), "scale": scale_PG}
-    return parts if symmetric else parts | {"zero_point": pack_int32(zero_PG, num_bits, dim=0)}
+    zero_PG1 = None if zero_PG is None else zero_PG[..., None]
+    codes_PGg = integer_codes(groups_PGg, scale_PG.float()[..., None], zero_PG1, num_bits)
+    parts = {"packed": pack_int32(codes_PGg.flatten(1), num_bits), "scale": scale_PG}
+    return parts if zero_PG is None else parts | {"zero_point": pack_int32(zero_PG, num_bits, dim=0)}
 
 
 def quantize_rows(rows_nQ: Tensor) -> tuple[Tensor, Tensor]:
@@ -193,7 +227,7 @@ def _fp8_parts(weight_PQ: Tensor, group_size: int | None) -> dict[str, Tensor]:
     (num_rows, num_columns), size = weight_PQ.shape, group_size
     padded = torch.nn.functional.pad(weight_PQ.float(), (0, -num_columns % size, 0, -num_rows % size))
     blocks = padded.unflatten(1, (-1, size)).unflatten(0, (-1, size))  # (P / 128, 128, Q / 128, 128)
-    scale = _not_zero(blocks.abs().amax((1, 3)) / FP8_MAX)
+    scale = positive_scale(blocks.abs().amax((1, 3)) / FP8_MAX, torch.float32, FP8_MAX)
     codes = (blocks / scale[:, None, :, None]).flatten(2).flatten(0, 1)[:num_rows, :num_columns]
     return {"packed": codes.to(FP8), "scale": scale}
 
@@ -261,28 +295,24 @@ def _fp8_product(rows_rQ: Tensor, weight_PQ: Tensor) -> Tensor:
     return codes_rQ.float() @ weight_PQ.T * scale_r[:, None]
 
 
-def _product(rows_rQ: Tensor, weight: QuantizedWeight, expert: int) -> Tensor:
-    """Rows times one expert's matrix: (r, P), in the dtype of the rows, for fp8 in fp32."""
-    if weight.scheme == "fp8":
-        return _fp8_product(rows_rQ, dequantize(weight.expert(expert), torch.float32)[0])
-    return rows_rQ @ dequantize(weight.expert(expert), rows_rQ.dtype)[0].T
-
-
-def expert_ffn_quantized(
-    x_TD: Tensor, routing: Routing, up: QuantizedWeight, down: QuantizedWeight, activation: str
-) -> Tensor:
+def expert_ffn_quantized(x_TD: Tensor, routing: Routing, up: Multiplier, down: Multiplier, activation: str) -> Tensor:
     """See `ops.expert_ffn_quantized`."""
     order = sort_by_expert(routing)
     y_TD = torch.zeros_like(x_TD, dtype=torch.promote_types(x_TD.dtype, torch.float32))
     for expert, start, stop in order.blocks:
         token_ids_r = order.token_ids_N[start:stop]
-        a_rF = activate(_product(x_TD[token_ids_r], up, expert), activation).to(x_TD.dtype)
+        a_rF = activate(up.product(x_TD[token_ids_r], expert), activation).to(x_TD.dtype)
         weights_r1 = routing.weights_N[order.order_N[start:stop], None].to(y_TD.dtype)
-        y_TD.index_add_(0, token_ids_r, _product(a_rF, down, expert).to(y_TD.dtype) * weights_r1)
+        y_TD.index_add_(0, token_ids_r, down.product(a_rF, expert).to(y_TD.dtype) * weights_r1)
     return y_TD.to(x_TD.dtype)
 
 
-def check_pair(x_TD: Tensor, up: QuantizedWeight, down: QuantizedWeight, activation: str) -> None:
+def linear_quantized(x_nQ: Tensor, weight: Multiplier) -> Tensor:
+    """See `ops.linear_quantized`."""
+    return weight.product(x_nQ, 0).to(x_nQ.dtype)
+
+
+def check_pair(x_TD: Tensor, up: Multiplier, down: Multiplier, activation: str) -> None:
     """Raise a ValueError unless the two weights make an expert FFN of ``x_TD``."""
     if activation not in ("swiglu", "gelu"):
         raise ValueError(f"activation={activation!r} is unknown; use 'swiglu' or 'gelu'")
@@ -298,24 +328,24 @@ def check_pair(x_TD: Tensor, up: QuantizedWeight, down: QuantizedWeight, activat
 
 class _Inference(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y_TD: Tensor, x_TD: Tensor, weights_N: Tensor) -> Tensor:
-        return y_TD.view_as(y_TD)
+    def forward(ctx: Any, y: Tensor, *inputs: Tensor) -> Tensor:
+        return y.view_as(y)
 
     @staticmethod
-    def backward(ctx: Any, dy_TD: Tensor) -> Any:
+    def backward(ctx: Any, dy: Tensor) -> Any:
         raise RuntimeError(
-            "expert_ffn_quantized has no backward: quantised experts are for inference; call the model under "
-            "torch.no_grad(), or train the ExpertBank they were made from"
+            "quantised weights have no backward: quantised experts are for inference; call the model under "
+            "torch.no_grad(), or train the model they were made from"
         )
 
 
-def inference_only(run: Callable[[], Tensor], x_TD: Tensor, weights_N: Tensor) -> Tensor:
+def inference_only(run: Callable[[], Tensor], *inputs: Tensor) -> Tensor:
     """The result of ``run`` on these inputs without a gradient; whoever asks it for one gets an error that says so."""
     with torch.no_grad():
-        y_TD = run()
-    if torch.is_grad_enabled() and (x_TD.requires_grad or weights_N.requires_grad):
-        return _Inference.apply(y_TD, x_TD, weights_N)
-    return y_TD
+        y = run()
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
+        return _Inference.apply(y, *inputs)
+    return y
 
 
 def _rounding_error(rows_rQ: Tensor, weight_PQ: Tensor, exact_rP: Tensor) -> Tensor:

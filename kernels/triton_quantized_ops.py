@@ -217,6 +217,28 @@ def expert_ffn_quantized(
     )  # fmt: skip
 
 
+@torch.library.custom_op("moe::linear_quantized", mutates_args=())
+def _linear(x_nQ: Tensor, weight: list[Tensor], scheme: str, group_size: int) -> Tensor:
+    """(n, P); ``weight`` as of "moe::expert_ffn_quantized"."""
+    num_rows, device = x_nQ.shape[0], x_nQ.device
+    positions_n = torch.arange(num_rows, dtype=torch.int32, device=device)
+    offsets_E1 = torch.arange(2, dtype=torch.int32, device=device) * num_rows
+    plan = Plan(order_N=positions_n, position_N=positions_n, token_ids_N=positions_n, offsets_E1=offsets_E1)
+    with torch.cuda.device_of(x_nQ):
+        launcher = _QuantizedLauncher(x_nQ, plan, scheme, 1, "gelu")
+        return launcher.rows(x_nQ, _weight(weight, scheme, x_nQ.shape[1], group_size))
+
+
+@_linear.register_fake
+def _(x_nQ: Tensor, weight: list[Tensor], scheme: str, group_size: int) -> Tensor:
+    return x_nQ.new_empty(x_nQ.shape[0], weight[0].shape[1])
+
+
+def linear_quantized(x_nQ: Tensor, weight: QuantizedWeight) -> Tensor:
+    """See `ops.linear_quantized`: the second product of the FFN with one expert, which gets all rows."""
+    return _linear(x_nQ.contiguous(), _parts(weight), weight.scheme, weight.group_size or 0)
+
+
 def expert_ffn_fp8(
     x_TD: Tensor,
     routing: Routing,

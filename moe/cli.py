@@ -17,6 +17,7 @@ from moe.commands import (
     laws,
     mup,
     plan,
+    quantize,
     recover,
     report,
     tomoe,
@@ -41,6 +42,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "carve": carve.carve,
     "tomoe": tomoe.tomoe,
     "recover": recover.recover,
+    "quantize": quantize.quantize,
     "export": export.export,
     "import": export.import_model,
 }

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = (
     ("types", "errors"),
     ("kernels",),
-    ("routers", "experts", "quantized_experts", "layer", "observe"),
+    ("routers", "experts", "quantized_module", "quantized_experts", "layer", "observe"),
     ("parallel",),
     ("models", "convert", "scaling", "quant"),
     ("train",),

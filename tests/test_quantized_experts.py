@@ -136,3 +136,49 @@ def test_compiled_with_the_fused_kernels(scheme: str, monkeypatch: pytest.Monkey
     x = torch.randn(2, 5, D, device=DEVICE)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")  # inductor would need a C++ compiler
     assert_close("y", compiled(x), layer(x), torch.float32)
+
+
+def used(layer: MoELayer) -> bool:
+    """Whether the weights have left the checkpoint's layout."""
+    return layer.experts.gate_up_proj_packed is None
+
+
+@pytest.mark.parametrize("scheme", [("w4a16", 32, False), ("w8a16", None, True)])
+@torch.no_grad()
+def test_on_cpu_weights_take_another_layout_and_their_state_does_not(scheme: tuple[str, int | None, bool]) -> None:
+    layer, plain = layers(*scheme)
+    before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    num_bytes = layer.experts.num_bytes
+    x = torch.randn(9, D).bfloat16()
+    expected = plain.bfloat16()(x)
+    layer.router.bfloat16()
+    got = layer(x)
+    assert_close("y", got, expected.float(), torch.bfloat16)
+    assert used(layer)
+    assert layer.experts.num_bytes < 1.6 * num_bytes, "both layouts would be twice"
+    assert torch.equal(layer(x), got)
+    after = layer.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name].float(), before[name].float()) for name in before if "experts" in name)
+    assert torch.equal(layer.experts.weight("down_proj").packed, before["experts.down_proj_packed"])
+    assert used(layer), "asking for it does not change it"
+    assert torch.equal(copy.deepcopy(layer)(x), got)
+    other, _ = layers(*scheme)
+    other.router.bfloat16()
+    assert not torch.equal(other(x), got)
+    other.load_state_dict(after)
+    assert torch.equal(other(x), got)
+    layer.to(torch.bfloat16)
+    assert not used(layer), "what moves it finds the checkpoint's layout"
+    assert torch.equal(layer(x), got)
+
+
+@torch.no_grad()
+def test_other_implementations_get_the_checkpoints_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, _ = layers("w4a16", 32, True)
+    x = torch.randn(4, D)
+    y = layer(x)
+    assert used(layer)
+    monkeypatch.setenv("MOE_KERNELS", "reference")
+    assert_close("y", layer(x), y, torch.float32)
+    assert not used(layer)

@@ -13,7 +13,9 @@ import typer
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
 DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, or auto: a GPU if there is one.")]
-DtypeOption = Annotated[str, typer.Option(help="fp32, bf16, or auto: as the weights are stored.")]
+DtypeOption = Annotated[
+    str, typer.Option(help="fp32, bf16, or auto: as the weights are stored, beside packed ones of 4 or 8 bits bf16.")
+]
 # What `from_pretrained` calls the values of --dtype.
 DTYPES = {"auto": "auto", "fp32": "float32", "bf16": "bfloat16"}
 
@@ -58,7 +60,7 @@ def read_model(model: str) -> tuple[Any, Any]:
 
 
 def load_model(model: str, device: str, dtype: str = "auto") -> Any:
-    """The causal language model of a folder or hub name, in eval mode.
+    """The causal language model of a folder or hub name, in eval mode; a line says so where it is quantised.
 
     Args:
         model: the folder or name.
@@ -68,15 +70,21 @@ def load_model(model: str, device: str, dtype: str = "auto") -> Any:
     Raises:
         ValueError: it cannot be loaded, weights are missing or have another shape, or an option is wrong.
     """
+    import torch
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as hf_logging
 
     import moe.models  # noqa: F401  (registers our architecture)
+    from moe.quant.runtime.open import open_quantized
 
     hf_logging.disable_progress_bar()
     if dtype not in DTYPES:
         raise ValueError(f"--dtype {dtype!r} is unknown; use {', '.join(DTYPES)}")
     chosen = choose_device(device)
+    opened = open_quantized(model, chosen, None if dtype == "auto" else getattr(torch, DTYPES[dtype]))
+    if opened is not None:
+        say(opened.note)
+        return opened.model
     auto: Any = AutoModelForCausalLM  # its annotation knows no loading info
     try:
         loaded, found = auto.from_pretrained(model, dtype=DTYPES[dtype], output_loading_info=True)

@@ -14,11 +14,9 @@ from typing import Annotated, Any
 import typer
 
 from moe.commands.common import (
-    DTYPES,
     DeviceOption,
     DtypeOption,
     JsonOption,
-    choose_device,
     load_model,
     read_model,
     say,
@@ -191,22 +189,23 @@ def _on_tasks(placing: Placing, model: str, options: TaskOptions, batch_size: in
 def _compared(
     placing: Placing, reference: str, model: str, text: TextOptions, one_at_a_time: bool
 ) -> tuple[dict[str, Any], str]:
-    from moe.models.compare import compare_folders, compare_logits, model_logits
+    from moe.models.compare import LogitsFile, compare_logits, model_logits
     from moe.models.evaluate import perplexity_of
 
     windows_BL = text.cut(reference, model)
     if one_at_a_time:
         _check_room(reference, windows_BL.numel())
-    with _progress() as tell:
+    with _progress() as tell, tempfile.TemporaryDirectory() as scratch:
+
+        def logits(name: str) -> Iterator[Any]:
+            return model_logits(load_model(name, placing.device, placing.dtype), windows_BL, tell)
+
+        expected = logits(reference)
         if one_at_a_time:
-            device, dtype = choose_device(placing.device), DTYPES[placing.dtype]
-            found = compare_folders(Path(reference), Path(model), windows_BL, dtype=dtype, device=device, progress=tell)
-        else:
-            expected, got = (
-                model_logits(load_model(name, placing.device, placing.dtype), windows_BL, tell)
-                for name in (reference, model)
-            )
-            found = compare_logits(expected, got, windows_BL)
+            stored = LogitsFile(Path(scratch) / "logits", len(windows_BL))
+            stored.write(expected)
+            expected = stored.windows(windows_BL.shape[1])
+        found = compare_logits(expected, logits(model), windows_BL)
     result = {
         "text": str(text.file),
         "window": windows_BL.shape[1],

@@ -36,7 +36,8 @@ def export(
     """Write a model so that transformers, vLLM or llama.cpp load it without our code.
 
     What the architecture cannot express is an error that names it. The written folder is loaded by transformers alone, and its
-    logits are compared with the model's before the folder gets its name.
+    logits are compared with the model's before the folder gets its name. A GGUF file is read back and compared before it
+    gets its name, and run where llama-cpp-python is installed.
 
     Example: `moe export runs/tiny/model tiny-mixtral --to mixtral --dtype bf16`
     """
@@ -131,6 +132,7 @@ def _write_gguf(
 ) -> dict[str, Any]:
     """Write a GGUF file, and run it where llama.cpp is installed."""
     import importlib.util
+    import math
 
     import torch
     from rich.console import Console
@@ -142,30 +144,33 @@ def _write_gguf(
     from moe.models.gguf.write import write_gguf
 
     dtype = "fp16" if dtype == "keep" else dtype
+    result: dict[str, Any] = {"rewritten": [], "verified": None, "summary": "not compared with the source"}
+
+    def check(file: Path) -> None:
+        number = check_contents(model, file, dtype)
+        result["summary"] = f"{number} tensors are the source's; not run, for lack of llama-cpp-python"
+        if importlib.util.find_spec("llama_cpp") is None:
+            return
+        windows_BL = verification.text_windows(model, verification.TEXT if text is None else text)
+        say(f"comparing logits on {windows_BL.numel()} tokens")
+        found = compare_with_llama_cpp(load_folder(model, torch.float32), file, windows_BL)
+        result["verified"] = asdict(found)
+        result["summary"] = f"in llama.cpp: {verification.summary(found)}"
+        if found.same_top1 < LEAST_AGREEMENT or math.isnan(found.kl):
+            raise ValueError(f"llama.cpp does not compute what the model does; {result['summary']}")
+
     with Progress(console=Console(file=sys.stderr), transient=True) as bar:
         task = bar.add_task("writing tensors", total=None)
         written = write_gguf(
-            model, out, dtype, lambda done, total: bar.update(task, completed=done, total=total), no_vocabulary
+            model,
+            out,
+            dtype,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+            no_vocabulary=no_vocabulary,
+            check=check if verify else None,
         )
-    result: dict[str, Any] = asdict(written) | {"model": str(model), "out": str(out), "to": "gguf", "dtype": dtype}
-    result.pop("path")
-    result |= {"rewritten": [], "verified": None, "summary": "not compared with the source"}
-    if not verify:
-        return result
-    try:
-        number = check_contents(model, out, dtype)
-        result["summary"] = f"{number} tensors are the source's; not run, for lack of llama-cpp-python"
-        if importlib.util.find_spec("llama_cpp") is not None:
-            windows_BL = verification.text_windows(model, verification.TEXT if text is None else text)
-            found = compare_with_llama_cpp(load_folder(model, torch.float32), out, windows_BL)
-            result["verified"] = asdict(found)
-            result["summary"] = f"in llama.cpp: {verification.summary(found)}"
-            if found.same_top1 < LEAST_AGREEMENT:
-                raise ValueError(f"llama.cpp does not compute what the model does; {result['summary']}")
-    except ValueError:
-        out.unlink()
-        raise
-    return result
+    facts = asdict(written)
+    return facts | {"model": str(model), "out": str(facts.pop("path")), "to": "gguf", "dtype": dtype} | result
 
 
 def _report(result: dict[str, Any], as_json: bool) -> None:

@@ -1,6 +1,7 @@
 """`moe fetch-demo`."""
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -18,6 +19,7 @@ def fetch_demo(
 
     Example: `moe fetch-demo smollm2`
     """
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed looks for one, and says so on stdout
     from transformers.utils import logging as hf_logging
 
     from moe.convert.demo import write_demo

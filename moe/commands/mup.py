@@ -1,6 +1,7 @@
 """`moe mup check`, `moe mup sweep`."""
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -12,16 +13,18 @@ from moe.commands.common import JsonOption, say
 ConfigArgument = Annotated[Path, typer.Argument(help="YAML recipe, such as configs/tiny-mup.yaml.")]
 OverridesArgument = Annotated[list[str] | None, typer.Argument(help="Settings as key.path=value.")]
 
-WidthsOption = Annotated[str | None, typer.Option(help="Hidden sizes to compare, such as 128,256,512.")]
-ExpertsOption = Annotated[str | None, typer.Option(help="Numbers of experts to compare instead.")]
-GranularityOption = Annotated[str | None, typer.Option(help="Granularities to compare instead.")]
+WidthsOption = Annotated[str | None, typer.Option(help="Hidden sizes to compare; 128,256,512 if nothing is said.")]
+ExpertsOption = Annotated[str | None, typer.Option(help="Numbers of experts to compare instead, such as 4,8,16.")]
+GranularityOption = Annotated[str | None, typer.Option(help="Granularities to compare instead, such as 1,2,4.")]
 
 
-def _values(text: str, option: str) -> tuple[int, ...]:
+def _values(axis: str, text: str) -> tuple[int, ...]:
+    from moe.train.mup.variants import EXAMPLES, OPTIONS
+
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise ValueError(f"{option} {text!r} must be whole numbers such as 128,256,512") from None
+        raise ValueError(f"--{OPTIONS[axis]} {text!r} must be whole numbers, such as {EXAMPLES[axis]}") from None
 
 
 def _axis(widths: str | None, experts: str | None, granularity: str | None) -> tuple[str, tuple[int, ...]]:
@@ -29,9 +32,9 @@ def _axis(widths: str | None, experts: str | None, granularity: str | None) -> t
     asked = {"width": widths, "experts": experts, "granularity": granularity}
     chosen = {axis: text for axis, text in asked.items() if text is not None} or {"width": "128,256,512"}
     if len(chosen) > 1:
-        raise ValueError(f"compare one thing at a time, not {' and '.join(chosen)}")
+        raise ValueError(f"compare one thing at a time, not {' and '.join(chosen)}; run the command once for each")
     ((axis, text),) = chosen.items()
-    return axis, _values(text, f"--{axis}")
+    return axis, _values(axis, text)
 
 
 def check(
@@ -42,6 +45,7 @@ def check(
     granularity: GranularityOption = None,
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 10,
     seeds: Annotated[int, typer.Option(min=1, help="Initialisations to average over.")] = 3,
+    windows: Annotated[int, typer.Option(min=1, help="Windows of text (data.seq_len) in a batch.")] = 4,
     lr: Annotated[float | None, typer.Option(help="Learning rate; by default the recipe's.")] = None,
     picture: Annotated[Path | None, typer.Option(help="PNG to write.")] = None,
     as_json: JsonOption = False,
@@ -58,7 +62,7 @@ def check(
     from moe.train.mup.render import draw_check, render_check
 
     axis, values = _axis(widths, experts, granularity)
-    options = CheckOptions(axis=axis, values=values, num_steps=steps, num_seeds=seeds, lr=lr)
+    options = CheckOptions(axis=axis, values=values, num_steps=steps, num_seeds=seeds, num_windows=windows, lr=lr)
     console = Console(stderr=True)
     with Progress(console=Console(file=sys.stderr), transient=True) as bar:
         task = bar.add_task("measuring", total=None)
@@ -110,10 +114,7 @@ def sweep(
         draw_sweeps({run.parametrization.name: runs}, axis, picture)
     if as_json:
         found = optima(runs)
-        print(
-            json.dumps(
-                {"runs": [asdict(each) for each in runs], "optima": list(map(asdict, found)), "shift": shift(found)}
-            )
-        )
+        losses = [asdict(run) | ({} if math.isfinite(run.eval_loss) else {"eval_loss": None}) for run in runs]
+        print(json.dumps({"runs": losses, "optima": list(map(asdict, found)), "shift": shift(found)}))
     else:
         render_sweep(runs, axis, Console(stderr=True))

@@ -30,7 +30,7 @@ def tomoe(
     width_multiple: Annotated[
         int, typer.Option(min=1, help="Round the experts' width up to a multiple; quantised formats want 32 or more.")
     ] = 32,
-    to: Annotated[str, typer.Option(help="Format: moe, mixtral, qwen3_moe, or with --shared glm4_moe.")] = "moe",
+    to: Annotated[str, typer.Option(help="Format: moe, glm4_moe, or without --shared mixtral, qwen3_moe.")] = "moe",
     bf16: Annotated[bool, typer.Option("--bf16", help="Compute the model in bf16.")] = False,
     device: DeviceOption = "auto",
     seed: Annotated[int, typer.Option(min=0, help="Of everything random.")] = 0,

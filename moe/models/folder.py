@@ -13,6 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
@@ -22,6 +23,7 @@ from moe.parallel.checkpoint.tensor_file import StreamedTensorFile
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 SHARD_BYTES = 5 * 10**9
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # What makes text of tokens and tokens of text, and the settings of `generate`: carried over as they are.
 SIDECARS = (
     "generation_config.json",
@@ -76,6 +78,11 @@ class ModelFolder:
         with self._open(name) as file:
             return tuple(file.get_slice(name).get_shape())
 
+    def dtype(self, name: str) -> torch.dtype:
+        """Dtype of a floating-point tensor, without reading it."""
+        with self._open(name) as file:
+            return _DTYPES[file.get_slice(name).get_dtype()]
+
     def read(self, name: str) -> Tensor:
         """A tensor in the dtype that it is stored in, on CPU.
 
@@ -95,7 +102,11 @@ class ModelFolder:
     @property
     def num_bytes(self) -> int:
         """Size of the weight files."""
-        return sum((self.path / file).stat().st_size for file in set(self._files.values()))
+        return sum(file.stat().st_size for file in self.weight_files())
+
+    def weight_files(self) -> list[Path]:
+        """The safetensors files, by name."""
+        return [self.path / name for name in sorted(set(self._files.values()))]
 
     def _open(self, name: str) -> Any:
         if name not in self._files:

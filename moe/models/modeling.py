@@ -53,6 +53,12 @@ class MoEForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: MoEConfig) -> None:
         super().__init__(config)
         text_config, spec = config.get_text_config(), config.spec
+        quantization = getattr(config, "quantization_config", None)
+        if isinstance(quantization, dict):  # what transformers knows is an object by now; the rest it skips
+            raise ValueError(
+                f"the model is quantised by {quantization.get('quant_method')!r}, which transformers does not load; use "
+                "moe.quant.load.load_simulated"
+            )
         if type(text_config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
             raise ValueError(
                 f"text_config.model_type={text_config.model_type!r} is not a causal decoder of transformers"

@@ -92,7 +92,7 @@ def measure(
             if isinstance(ModelFolder(folder).config, MoEConfig):
                 files[-1].write(model_logits(load_folder(folder, dtype).float(), windows_BL))
             else:
-                _run_apart(folder, windows_BL, dtype, files[-1].path)
+                run_apart(folder, windows_BL, dtype, files[-1].path)
         length = windows_BL.shape[1]
         return compare_logits(files[0].windows(length), files[1].windows(length), windows_BL, far)
 
@@ -109,8 +109,18 @@ def tolerance(folder: Path, is_rewritten: bool) -> float:
     return TOLERANCES[dtype if is_rewritten else torch.float32]
 
 
-def _run_apart(folder: Path, windows_BL: Tensor, dtype: torch.dtype, out: Path) -> None:
-    """Logits of a folder in a fresh process."""
+def run_apart(folder: Path, windows_BL: Tensor, dtype: torch.dtype, out: Path) -> None:
+    """Write the logits of a folder of transformers' own to a `LogitsFile`, computed in fp32 in a fresh process.
+
+    Args:
+        folder: plain or quantised; quantised weights are dequantised when they are loaded.
+        windows_BL: token ids.
+        dtype: in which weights are loaded.
+        out: the file.
+
+    Raises:
+        ValueError: it does not run, or does not load whole; says why.
+    """
     windows_file = out.with_suffix(".windows")
     save_file({"windows": windows_BL.contiguous()}, windows_file)
     arguments = [str(folder.absolute()), str(windows_file), str(dtype).removeprefix("torch."), str(out)]

@@ -46,6 +46,14 @@ def full_moment(engine: "Engine", parameter: nn.Parameter, key: str) -> Tensor:
     return whole.detach().float()
 
 
+def moments_of(engine: "Engine", parameter: nn.Parameter) -> tuple[str, ...]:
+    """Optimizer states of the parameter's shape; a frozen one has none. An optimizer that is not Adam says so itself."""
+    if not parameter.requires_grad:
+        return ()
+    own = getattr(engine.module.basic_optimizer, "moments_of", None)
+    return MOMENTS if own is None else own(_master(engine, parameter))
+
+
 def num_optimizer_steps(engine: "Engine") -> int:
     """Steps that the optimizer has applied; 0 before its state exists."""
     for state in engine.module.basic_optimizer.state.values():
@@ -57,11 +65,13 @@ def num_optimizer_steps(engine: "Engine") -> int:
 def create_moments(engine: "Engine", num_steps: int) -> None:
     """Make zero moments as if ``num_steps`` steps had been applied, so that `set_full` can fill them."""
     base: Any = engine.module.basic_optimizer
+    own = getattr(base, "moments_of", lambda master: MOMENTS)
     for master in _masters(engine):
-        base.state[master] = {
-            "step": torch.tensor(float(num_steps), dtype=torch.float32, device=master.device),
-            **{key: torch.zeros_like(master) for key in MOMENTS},
-        }
+        base.state[master] = {key: torch.zeros_like(master) for key in own(master)}
+        if (
+            "exp_avg_sq" in base.state[master]
+        ):  # Adam counts its steps; a count that nobody raises would be read as the run's
+            base.state[master]["step"] = torch.tensor(float(num_steps), dtype=torch.float32, device=master.device)
     link_moments(engine)
 
 

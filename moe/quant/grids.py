@@ -12,11 +12,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-FP8 = torch.float8_e4m3fn
-FP8_MAX = torch.finfo(FP8).max
+from moe.kernels.quantized import FP8, FP8_MAX
+from moe.kernels.rounding import integer_codes, integer_scales, positive_scale
+
 # Magnitudes of e2m1 (OCP Microscaling Formats 1.0, table 5), by the three low bits of a code; the fourth is the sign.
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _E2M1_LARGEST_EXPONENT = 2  # 4 = 2 ** 2 is the largest power of two
+_E2M1_ROUNDS_UP = 1.75  # halfway from the largest mantissa, 1.5, to the next power of two
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +48,11 @@ class Grid(ABC):
     """
 
     group_size: int | None = None
+
+    @property
+    @abstractmethod
+    def num_bits(self) -> int:
+        """Bits of a code."""
 
     def check(self, num_columns: int, name: str) -> None:
         """Raise a ValueError where groups do not divide a matrix."""
@@ -111,15 +118,9 @@ class Rounded:
         return self.grid.decode(self.grid.grouped(self.codes), self.scales.scale[..., None], zero).flatten(-2)
 
 
-def _positive(scale: Tensor, stored: torch.dtype) -> Tensor:
-    """As it is stored; where all values are zero, or too small for the dtype, any scale will do."""
-    scale = scale.to(stored)
-    return torch.where(scale > 0, scale, torch.finfo(stored).eps).float()
-
-
 @dataclass(frozen=True, kw_only=True)
 class IntGrid(Grid):
-    """Integers of ``bits`` bits, ``-2 ** (bits - 1)`` and up.
+    """Signed integers, ``-2 ** (bits - 1)`` and up.
 
     Attributes:
         bits: 2 to 8.
@@ -131,28 +132,18 @@ class IntGrid(Grid):
     symmetric: bool = True
 
     @property
-    def low(self) -> int:
-        """Smallest code."""
-        return -(1 << (self.bits - 1))
-
-    @property
-    def high(self) -> int:
-        """Largest code."""
-        return (1 << (self.bits - 1)) - 1
+    def num_bits(self) -> int:
+        """See `Grid`."""
+        return self.bits
 
     def scales(self, values: Tensor, stored: torch.dtype = torch.float32, clip: float = 1.0) -> Scales:
         """See `Grid`."""
-        groups = self.grouped(values.float() * clip)
-        least, most = groups.amin(-1).clamp_max(0), groups.amax(-1).clamp_min(0)
-        if self.symmetric:
-            return Scales(scale=_positive(torch.maximum(-least, most) / ((self.high - self.low) / 2), stored))
-        scale = _positive((most - least) / (self.high - self.low), stored)
-        return Scales(scale=scale, zero=(self.low - least / scale).round().clamp(self.low, self.high))
+        scale, zero = integer_scales(self.grouped(values.float() * clip), self.bits, self.symmetric, stored)
+        return Scales(scale=scale.float(), zero=zero)
 
     def encode(self, values: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
         """See `Grid`."""
-        scaled = values / scale if zero is None else values / scale + zero
-        return scaled.round().clamp(self.low, self.high).to(torch.int8)
+        return integer_codes(values, scale, zero, self.bits)
 
     def decode(self, codes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
         """See `Grid`."""
@@ -163,13 +154,19 @@ class IntGrid(Grid):
 class Fp8Grid(Grid):
     """float8 e4m3 without infinities, largest value 448."""
 
+    @property
+    def num_bits(self) -> int:
+        """See `Grid`."""
+        return 8
+
     def scales(self, values: Tensor, stored: torch.dtype = torch.float32, clip: float = 1.0) -> Scales:
         """See `Grid`."""
-        return Scales(scale=_positive(self.grouped(values.float() * clip).abs().amax(-1) / FP8_MAX, stored))
+        most = self.grouped(values.float() * clip).abs().amax(-1)
+        return Scales(scale=positive_scale(most / FP8_MAX, stored, FP8_MAX + 1).float())
 
     def encode(self, values: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
         """See `Grid`."""
-        return (values / scale).clamp(-FP8_MAX, FP8_MAX).to(FP8)  # beyond the largest value the cast gives NaN
+        return (values / scale).clamp(-FP8_MAX, FP8_MAX).to(FP8)  # the cast alone need not saturate
 
     def decode(self, codes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
         """See `Grid`."""
@@ -182,11 +179,21 @@ class Mxfp4Grid(Grid):
 
     group_size: int | None = 32
 
+    @property
+    def num_bits(self) -> int:
+        """See `Grid`."""
+        return 4
+
     def scales(self, values: Tensor, stored: torch.dtype = torch.float32, clip: float = 1.0) -> Scales:
-        """The standard's rule: the power of two below the largest magnitude, less e2m1's largest exponent."""
+        """The power of two of the largest magnitude, rounded to e2m1's mantissa, less e2m1's largest exponent.
+
+        The standard leaves the choice open; this is that of compressed-tensors 0.20 (``generate_mx_scales``), by which 7 does not
+        become 6. It gives a group of zeros the scale 2 ** -127, which is 0 where hardware drops subnormals; here that is 1.
+        """
         most = self.grouped(values.float() * clip).abs().amax(-1)
-        _, exponent = torch.frexp(most)  # most = mantissa in [0.5, 1) times 2 ** exponent
-        exponent = torch.where(most > 0, exponent - 1 - _E2M1_LARGEST_EXPONENT, 0).clamp(-127, 127)
+        mantissa, exponent = torch.frexp(most)  # mantissa in [0.5, 1) times 2 ** exponent
+        exponent = exponent - 1 - _E2M1_LARGEST_EXPONENT + (mantissa >= _E2M1_ROUNDS_UP / 2)
+        exponent = torch.where(most > 0, exponent, 0).clamp(-126, 125)  # 6 times 2 ** 125 is finite
         return Scales(scale=torch.ldexp(torch.ones_like(most), exponent))
 
     def encode(self, values: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:

@@ -42,6 +42,13 @@ class LayerInputs:
     weights_e: list[Tensor] = field(default_factory=list)
     counts_E: Tensor | None = None
 
+    @property
+    def calibration_TD(self) -> Tensor:
+        """Rows of ``ffn_TD`` that are no reserve: what statistics of the whole layer are taken from."""
+        assert self.ffn_TD is not None
+        num_calibration = min((len(x_TQ) for x_TQ in self.linear.values()), default=len(self.ffn_TD))
+        return self.ffn_TD[:num_calibration]
+
     def rows(self, layer: nn.Module, matrix: Matrix) -> Rows:
         """Input of ``matrix``; that of an expert's down-projection is made by the layer's up-projection as it is now."""
         if matrix.expert is None:

@@ -13,11 +13,12 @@ Legend: r = fan_in / fan_in of the base.
 """
 
 import copy
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
@@ -27,7 +28,7 @@ from moe.routers import Router
 
 # What a base may set: of the decoder, and of the experts.
 DECODER_KEYS = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
-EXPERT_KEYS = ("expert_hidden",)
+EXPERT_KEYS = ("expert_hidden", "granularity")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +67,8 @@ ROLES: dict[str, Callable[[float], Factors]] = {
 
 def check_base(base: dict[str, Any], config: PreTrainedConfig) -> None:
     """Raise a ValueError that names what is missing from, or wrong in, a base for a model's config."""
-    decoder, expert_hidden = config.get_text_config(), (getattr(config, "moe", None) or {}).get("expert_hidden")
+    decoder, moe = config.get_text_config(), getattr(config, "moe", None)
+    expert_hidden = (moe or {}).get("expert_hidden")
     known = DECODER_KEYS + EXPERT_KEYS
     for key, value in base.items():
         if key not in known:
@@ -84,6 +86,9 @@ def check_base(base: dict[str, Any], config: PreTrainedConfig) -> None:
         )
     if "expert_hidden" in base and expert_hidden is None:
         raise ValueError("parametrization.base.expert_hidden is set and moe.expert_hidden is not; remove it")
+    if "granularity" in base and (moe is None or expert_hidden is not None):
+        why = "there are no experts" if moe is None else "moe.expert_hidden sets the experts' width"
+        raise ValueError(f"parametrization.base.granularity is set and {why}; remove it")
 
 
 def _sets_head_dim(decoder: PreTrainedConfig) -> bool:
@@ -102,8 +107,7 @@ def base_config(config: PreTrainedConfig) -> PreTrainedConfig:
     check_base(widths, config)
     values = {key: value for key, value in copy.deepcopy(config).to_dict().items() if key != "mup"}
     decoder = values.get("text_config", values)
-    if (expert_hidden := widths.pop("expert_hidden", None)) is not None:
-        values["moe"]["expert_hidden"] = expert_hidden
+    values.get("moe", {}).update({key: widths.pop(key) for key in EXPERT_KEYS if key in widths})
     if "head_dim" not in widths:
         decoder["head_dim"] = widths["hidden_size"] // widths["num_attention_heads"]
     if "num_key_value_heads" not in widths:
@@ -113,24 +117,50 @@ def base_config(config: PreTrainedConfig) -> PreTrainedConfig:
     return type(config).from_dict(values)
 
 
-def width_factors(model: nn.Module) -> dict[str, Factors]:
+def _base_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """Without memory."""
+    check_base(config.mup, config)
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(base_config(config), dtype=torch.float32)
+    except (ValueError, StrictDataclassError) as problem:
+        _, _, reason = str(problem).splitlines()[-1].rpartition("ValueError: ")
+        raise ValueError(f"parametrization.base={config.mup} makes no model: {reason.strip()}") from None
+
+
+def muon_factors(shape: torch.Size, base: torch.Size) -> Factors:
+    """Factors of a hidden matrix (or stack of them) that Muon steps with an update of 0.2 sqrt(max(out, in)) times the rate.
+
+    An update of norm 1 changes outputs by sqrt(in / out), so the rate goes as sqrt(out / in): the spectral condition
+    (arXiv 2310.17813). What the optimizer multiplies by itself is taken out.
+    """
+    r_out, r_in = shape[-2] / base[-2], shape[-1] / base[-1]
+    lr = (r_out / r_in * max(base[-2:]) / max(shape[-2:])) ** 0.5
+    return Factors(init=r_in**-0.5, lr=lr, weight_decay=1 / lr)
+
+
+def width_factors(model: nn.Module, muon: Collection[str] = ()) -> dict[str, Factors]:
     """Factors of every parameter by name; all 1 for a model without ``config.mup``.
+
+    Args:
+        model: the model.
+        muon: names of the parameters that Muon steps and not Adam.
 
     Raises:
         ValueError: the base is wrong, or has other parameters than the model; names them.
     """
     if not (isinstance(model, PreTrainedModel) and getattr(model.config, "mup", None) is not None):
         return {name: Factors() for name, _ in model.named_parameters()}
-    with torch.device("meta"):
-        base = AutoModelForCausalLM.from_config(base_config(model.config), dtype=torch.float32)
+    base = _base_model(model.config)
     shapes = {name: parameter.shape for name, parameter in base.named_parameters()}
     found = {}
     for name, parameter, role, init_exponent in _roles(model):
         if name not in shapes:
             raise ValueError(f"parametrization.base makes a model without {name}; only widths may differ")
         r = parameter.shape[-1] / shapes[name][-1]
-        factors = ROLES[role](r)
+        factors = muon_factors(parameter.shape, shapes[name]) if name in muon else ROLES[role](r)
         found[name] = Factors(init=factors.init * r**init_exponent, lr=factors.lr, weight_decay=factors.weight_decay)
+    _granularity(model, base, found)
     _attention(model, base, found)
     if _tied(model):  # the unembedding is an input weight, so its 1 / r goes to the norm before it
         name = "model.norm.weight"
@@ -166,6 +196,33 @@ def _roles(model: PreTrainedModel) -> Iterator[tuple[str, nn.Parameter, str, flo
                     f"parametrization=mup has no rule for {path} of a {type(module).__name__}; use parametrization.name="
                     "standard"
                 )
+
+
+def hidden_matrices(model: nn.Module) -> set[str]:
+    """Names of the matrices between widths: of attention, FFNs and experts; no embedding, unembedding, router or gate."""
+    get_head = getattr(model, "get_output_embeddings", lambda: None)
+    head, routers = get_head(), [name for name, module in model.named_modules() if isinstance(module, Router)]
+    found = set()
+    for prefix, module in model.named_modules():
+        if (
+            module is head
+            or prefix.endswith("shared_experts.gate")
+            or f"{prefix}.".startswith(tuple(f"{r}." for r in routers))
+        ):
+            continue
+        if isinstance(module, (nn.Linear, ExpertBank)):
+            found |= {f"{prefix}.{name}" for name, p in module.named_parameters(recurse=False) if p.dim() >= 2}
+    return found
+
+
+def _granularity(model: PreTrainedModel, base: PreTrainedModel, found: dict[str, Factors]) -> None:
+    """G times as many experts of 1 / G of the weight start as independent: their sum shrinks as 1 / sqrt(G)."""
+    if "granularity" not in model.config.mup:
+        return
+    ratio = model.config.moe["granularity"] / base.config.moe["granularity"]
+    for name, factors in found.items():
+        if name.endswith(".mlp.experts.down_proj"):
+            found[name] = replace(factors, init=factors.init * ratio**0.5)
 
 
 def _attention(model: PreTrainedModel, base: PreTrainedModel, found: dict[str, Factors]) -> None:

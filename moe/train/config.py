@@ -54,11 +54,16 @@ class ModelConfig(_Section):
 
 
 class OptimConfig(_Section):
-    """AdamW and its learning rate over time."""
+    """The optimizer and its learning rate over time."""
 
+    name: Literal["adamw", "muon"] = Field(
+        default="adamw",
+        description="muon: Muon for the matrices of attention, FFNs and experts, AdamW for the rest; needs ZeRO 0",
+    )
     lr: float = Field(default=1e-3, gt=0, description="peak learning rate")
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = Field(default=1e-8, gt=0)
+    muon_momentum: float = Field(default=0.95, ge=0, lt=1, description="of Muon, with Nesterov's correction")
     weight_decay: float = Field(default=0.1, ge=0, description="of matrices; norms and biases have none")
     clip: float = Field(default=1.0, ge=0, description="largest global gradient norm; 0 does not clip")
     freeze_routers: bool = Field(
@@ -235,6 +240,12 @@ class RunConfig(_Section):
             raise ValueError(
                 f"parallel.stall_seconds={self.parallel.stall_seconds:g} must be below parallel.timeout_seconds="
                 f"{self.parallel.timeout_seconds:g}: who waits must still be there to name who is late; 0 turns it off"
+            )
+        if self.optim.name == "muon" and self.parallel.zero_stage:
+            raise ValueError(
+                f"optim.name=muon needs parallel.zero_stage=0, and it is {self.parallel.zero_stage}: Muon steps whole matrices, "
+                "and from ZeRO 1 on DeepSpeed gives an optimizer flat pieces of them; set parallel.zero_stage=0 (with any "
+                "parallel.ep_size), or optim.name=adamw"
             )
         if self.optim.warmup_steps >= self.train.steps:
             raise ValueError(

@@ -29,7 +29,7 @@ from moe.train.data import Batch, BatchLoader, DataBundle, build_data, eval_batc
 from moe.train.layer_metrics import layer_records
 from moe.train.metrics import MetricsWriter, mean_balance, model_flops_per_token, peak_flops
 from moe.train.model import build_config, build_model, give_token_counts, model_difference, parameter_counts
-from moe.train.optim import learning_rate, param_groups
+from moe.train.optim import choose_optimizer, learning_rate, param_groups
 from moe.train.progress import TrainProgress
 from moe.train.run_checkpoints import RunCheckpoints
 from moe.train.run_folder import CHECKPOINTS_DIR, device_name, write_run_files
@@ -87,12 +87,12 @@ class Trainer:
             self.counts["matmul_params"], decoder.num_hidden_layers, decoder.hidden_size, config.data.seq_len
         )
         groups = param_groups(model, config.optim)
-        optimizer = {"lr": config.optim.lr, "betas": config.optim.betas, "eps": config.optim.eps, "fused": True}
+        optimizer = choose_optimizer(config.optim)
         self.engine = Engine(
             model,
             groups,
-            torch.optim.AdamW,
-            optimizer,
+            optimizer.optimizer_class,
+            optimizer.options,
             self._deepspeed_config(),
             config.parallel.ep_size,
             config.parallel.exchange,

@@ -267,6 +267,20 @@ def test_same_seed_same_weights() -> None:
     assert not torch.equal(state[name], other.model.state_dict()[name])
 
 
+def test_noise_of_routers_has_the_seed_too() -> None:
+    """And the process's own random state stays as it was."""
+    ends = []
+    for state in range(2):
+        model = carved_model(router={"name": "noisy_topk", "top_k": 2})
+        torch.manual_seed(state)
+        before = torch.random.get_rng_state()
+        recovery, points = recover(model, mode="full", steps=2)
+        assert torch.equal(torch.random.get_rng_state(), before)
+        ends.append((points[-1].loss, recovery.model.state_dict()["model.layers.0.mlp.experts.down_proj"]))
+    assert ends[0][0] == ends[1][0]
+    assert torch.equal(ends[0][1], ends[1][1])
+
+
 def test_learning_rate_rises_and_falls() -> None:
     rates = [lr_factor(options(steps=100, warmup=0.1), step) for step in range(101)]
     assert rates[0] == pytest.approx(0.1)
@@ -311,6 +325,14 @@ def test_folder_in_folder_out(tmp_path: Path, dtype: torch.dtype) -> None:
     assert not list(tmp_path.glob(".*"))
 
 
+def test_a_last_step_that_breaks_the_model_is_an_error() -> None:
+    """There is no next loss to tell; the held-out text does."""
+    model = carved_model()
+    model.get_parameter("model.layers.0.mlp.experts.down_proj").register_hook(lambda gradient: gradient * math.nan)
+    with pytest.raises(ValueError, match=r"the held-out loss after step 1 is nan; lower recover\.lr"):
+        recover(model, mode="full", steps=1)
+
+
 def test_mistakes_are_named(tmp_path: Path) -> None:
     LlamaForCausalLM(decoder()).save_pretrained(tmp_path / "dense")
     with pytest.raises(ValueError, match="moe import"):
@@ -321,7 +343,7 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
     small.vocab_size = 20
     with pytest.raises(ValueError, match="vocabulary of 20"):
         Recovery(carved_model(), text(), text(), options(), LlamaForCausalLM(small))
-    with pytest.raises(ValueError, match=r"lower recover\.lr"):
+    with pytest.raises(ValueError, match=r"the loss of step \d is nan; lower recover\.lr"):
         recover(carved_model(), mode="full", lr=1e30, clip=1e30, warmup=0.0, steps=5)
     for field, value in (("mode", "half"), ("steps", 0), ("lr", 0.0), ("micro_batch_size", 3), ("router_lr", -1.0)):
         with pytest.raises(ValueError, match=rf"recover\.({field}|batch_size)="):

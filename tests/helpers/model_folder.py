@@ -31,7 +31,7 @@ def write_model(path: Path, text: str = TEXT, seed: int = 0, **moe: Any) -> Path
     return path
 
 
-def write_mixtral(path: Path) -> Path:
+def write_mixtral(path: Path, **values: Any) -> Path:
     """A stock MoE of transformers, with the same tokenizer."""
     import torch
     from transformers import MixtralConfig, MixtralForCausalLM
@@ -41,6 +41,7 @@ def write_mixtral(path: Path) -> Path:
     kept = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim")
     more = ("num_key_value_heads", "max_position_embeddings", "initializer_range", "eos_token_id")
     torch.manual_seed(1)
-    config = MixtralConfig(**{name: fields[name] for name in (*kept, *more)}, num_local_experts=4, bos_token_id=None)
+    chosen = {name: fields[name] for name in (*kept, *more)} | {"num_local_experts": 4, "bos_token_id": None}
+    config = MixtralConfig(**(chosen | values))
     MixtralForCausalLM(config).eval().save_pretrained(path)
     return path

@@ -1,10 +1,12 @@
 """Run a function in several processes that form a gloo group, and bring back each one's result or the failing traceback.
 
-Starting a process that imports DeepSpeed and transformers takes seconds, so a test does all it can in one call.
+Importing DeepSpeed and transformers takes seconds of CPU time. So one process, without threads and without a GPU, imports
+them once for all tests, and every rank is a fork of it.
 """
 
 import faulthandler
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import pickle
 import signal
@@ -18,7 +20,10 @@ from datetime import timedelta
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+_PRELOADED = ["pytest", "moe.models", "moe.parallel.engine", "moe.launch.train", "moe.train.trainer"]
+_FIXED = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 _GRACE_SECONDS = 2.0  # for the other ranks to notice that one has died, and to say what they saw
 
 
@@ -29,6 +34,8 @@ class RanksError(RuntimeError):
 def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 240) -> list[Any]:
     """``fn(rank, world_size, *args)`` in ``world_size`` processes; their results by rank.
 
+    The processes have the environment of this one as it is now, and a state of torch in which nothing has run.
+
     Args:
         fn: a function of an importable module; it, its arguments and its result must pickle.
         world_size: number of processes. They meet in a file, so no port is needed.
@@ -38,11 +45,11 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: floa
     Raises:
         RanksError: a rank failed. The first one to fail is shown first, all others are killed.
     """
-    context = multiprocessing.get_context("spawn")
+    context = _forks()
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
-        root, call = Path(folder), pickle.dumps((fn, args))
-        processes = [
-            context.Process(target=_rank_main, args=(root, call, rank, world_size, timeout), daemon=True)
+        root, call, environment = Path(folder), pickle.dumps((fn, args)), dict(os.environ) | _FIXED
+        processes: list[BaseProcess] = [
+            context.Process(target=_rank_main, args=(root, call, environment, rank, world_size, timeout), daemon=True)
             for rank in range(world_size)
         ]
         try:
@@ -55,6 +62,14 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: floa
                     process.kill()
                 process.join()
         return [pickle.loads((root / f"result-{rank}").read_bytes()) for rank in range(world_size)]
+
+
+def _forks() -> multiprocessing.context.ForkServerContext:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOADED)
+    with mock.patch.dict(os.environ, _FIXED):  # it keeps what it is started with
+        multiprocessing.forkserver.ensure_running()
+    return context
 
 
 def _wait(root: Path, processes: list[BaseProcess], deadline: float, timeout: float) -> None:
@@ -91,9 +106,12 @@ def _read(path: Path) -> str:
     return path.read_text(encoding="utf-8") if path.exists() else "(nothing)"
 
 
-def _rank_main(root: Path, call: bytes, rank: int, world_size: int, timeout: float) -> None:
+def _rank_main(
+    root: Path, call: bytes, environment: dict[str, str], rank: int, world_size: int, timeout: float
+) -> None:
     faulthandler.register(signal.SIGUSR1, file=(root / f"stack-{rank}").open("w"), all_threads=False)
-    os.environ |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    os.environ.clear()
+    os.environ |= environment
     warnings.simplefilter("ignore", FutureWarning)  # DeepSpeed's calls of torch, once per call site and process
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
     try:
@@ -112,6 +130,8 @@ def _in_group(root: Path, call: bytes, rank: int, world_size: int, timeout: floa
     import torch
     import torch.distributed as dist
 
+    from moe.parallel.ranks import init_ranks
+
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
@@ -121,10 +141,7 @@ def _in_group(root: Path, call: bytes, rank: int, world_size: int, timeout: floa
         timeout=timedelta(seconds=timeout),
     )
     fn, args = pickle.loads(call)  # imports the module of fn, and what it needs
-    if "deepspeed" in sys.modules:
-        from moe.parallel.ranks import init_ranks
-
-        init_ranks("cpu", timeout)  # takes the group that exists
+    init_ranks("cpu", timeout)  # takes the group that exists
     torch.manual_seed(0)
     result = fn(rank, world_size, *args)
     dist.barrier()

@@ -1,7 +1,6 @@
 """Training runs through the real command: a tiny recipe, and processes to start, watch and end.
 
-``python -m helpers.runs PLAN.json`` is a worker that makes several runs one after the other (see `run_many`): to import
-DeepSpeed takes longer than to train what is trained here.
+What is not about the command runs without it (`run_many`): to start it takes longer than to train what is trained here.
 """
 
 import functools
@@ -25,8 +24,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from helpers.ranks import run_ranks
 from moe.launch.env import LAUNCHER_VARIABLE
-from moe.launch.local import run_local
 from moe.train.metrics import RunMetrics, read_metrics
 
 STEPS, CHECKPOINT_EVERY = 40, 5
@@ -334,53 +333,36 @@ class Result:
 
 def run_many(recipe: Path, runs: list[Planned], processes: int = 2) -> list[Result]:
     """Make runs in the same processes, one after the other."""
-    folder = recipe.parent
-    plan, out = folder / "plan.json", folder / "results.json"
-    out.unlink(missing_ok=True)
-    entries = [
-        {
-            "overrides": [f"name={run.name}", f"parallel.processes={processes}", *run.overrides],
-            "resume": run.resume,
-            "nan_steps": run.nan_steps,
-            "slow_seconds": [run.slow_rank, run.slow_seconds],
-        }
-        for run in runs
-    ]
-    plan.write_text(json.dumps({"recipe": str(recipe), "runs": entries, "out": str(out)}), encoding="utf-8")
-    with mock.patch.dict(os.environ, clean_environment(), clear=True):
-        status = run_local([str(plan)], processes, module="helpers.runs")
-    assert status == 0, "a worker failed; its traceback is on stderr"
-    return [Result(**result) for result in json.loads(out.read_text(encoding="utf-8"))]
+    environment = clean_environment() | {"LOCAL_WORLD_SIZE": str(processes)}
+    with mock.patch.dict(os.environ, environment, clear=True):
+        return run_ranks(_make_runs, processes, recipe, runs, timeout=2 * TIMEOUT)[0]
 
 
-def _worker(plan_path: str) -> None:
+def _make_runs(rank: int, world_size: int, recipe: Path, runs: list[Planned]) -> list[Result]:
     from moe.launch import train
-    from moe.parallel.ranks import init_ranks, leave
+    from moe.parallel.ranks import init_ranks
     from moe.train.config import load_config
 
-    plan = json.loads(Path(plan_path).read_text(encoding="utf-8"))
-    ranks = init_ranks("cpu", timeout_seconds=120)
+    ranks = init_ranks("cpu", timeout_seconds=120)  # takes the group that exists
     results = []
-    for run in plan["runs"]:
+    for run in runs:
         error, said = "", io.StringIO()
+        overrides = [f"name={run.name}", f"parallel.processes={world_size}", *run.overrides]
         try:
-            config = load_config(plan["recipe"], run["overrides"])
-            slow = _slow_data(run["slow_seconds"][1] * (ranks.rank == run["slow_seconds"][0]))
-            with _nan_losses(run["nan_steps"]), slow, redirect_stderr(said):
-                status = train.run(config, ranks, run["resume"])
+            config = load_config(recipe, overrides)
+            slow = _slow_data(run.slow_seconds * (rank == run.slow_rank))
+            with _nan_losses(run.nan_steps), slow, redirect_stderr(said):
+                status = train.run(config, ranks, run.resume)
         except ValueError as problem:
             status, error = 2, str(problem)
         finally:
             print(said.getvalue(), file=sys.stderr)
-        results.append({"status": status, "error": error, "stderr": said.getvalue()})
-    if ranks.is_main:
-        Path(plan["out"]).write_text(json.dumps(results), encoding="utf-8")
-    ranks.barrier()
-    leave()
+        results.append(Result(status=status, error=error, stderr=said.getvalue()))
+    return results
 
 
 @contextmanager
-def _nan_losses(steps: list[int]) -> Iterator[None]:
+def _nan_losses(steps: tuple[int, ...]) -> Iterator[None]:
     from moe.train.trainer import Trainer
 
     original = Trainer._loss
@@ -406,7 +388,3 @@ def _slow_data(seconds: float) -> Iterator[None]:
 
     with mock.patch.object(BatchLoader, "next_step", next_step):
         yield
-
-
-if __name__ == "__main__":
-    _worker(sys.argv[1])

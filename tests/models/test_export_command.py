@@ -125,4 +125,27 @@ def test_gguf(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     found = json.loads(done.stdout)
     assert found["architecture"] == "llama" and found["num_bytes"] == out.stat().st_size
+    assert found["out"] == str(out) and "path" not in found
     assert found["summary"] != "not compared with the source"
+
+
+@pytest.mark.skipif(importlib.util.find_spec("gguf") is None, reason="needs the package gguf")
+def test_a_gguf_file_that_fails_its_check_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wrong byte in the last tensor, as a failing disk gives it: nothing under the final name, nor beside it."""
+    from moe.models.gguf import verify
+
+    make_case(Case("llama", "mixtral", TOP2)).save_pretrained(tmp_path / "ours")
+    out, check = tmp_path / "out.gguf", verify.check_contents
+
+    def damaged(source: Path, file: Path, dtype: str) -> int:
+        assert not out.exists()
+        with file.open("r+b") as written:
+            written.seek(-4, 2)
+            written.write(b"\x00\x00\x80\x3f")
+        return check(source, file, dtype)
+
+    monkeypatch.setattr(verify, "check_contents", damaged)
+    refused = moe("export", tmp_path / "ours", out, "--to", "gguf", "--dtype", "fp32")
+    assert refused.exit_code == 2 and "differs from the source's" in refused.output
+    assert [path.name for path in tmp_path.iterdir()] == ["ours"]
+    assert moe("export", tmp_path / "ours", out, "--to", "gguf", "--no-verify", "--json").exit_code == 0

@@ -173,6 +173,39 @@ def test_wrong_bases(base: dict[str, Any], message: str) -> None:
         check_base(base, MoEConfig(text_config=decoder(), moe=MOE))
 
 
+def test_granularity_of_the_base() -> None:
+    """Experts 4 times narrower, 4 times as many at work: their outputs' sum keeps its first size, and its change."""
+    base = {"hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 8}
+    made = {"num_experts": 16, "granularity": 4, "num_shared_experts": 1, "router": {"name": "topk", "top_k": 8}}
+    with torch.device("meta"):
+        model = MoEForCausalLM(MoEConfig(text_config=decoder(), moe=made, mup=base | {"granularity": 1}))
+    found = width_factors(model)
+    layer = "model.layers.0.mlp"
+    assert found[f"{layer}.experts.down_proj"] == Factors(init=4.0, lr=4.0, weight_decay=0.25)
+    assert found[f"{layer}.shared_experts.down_proj.weight"] == Factors(init=2.0, lr=4.0, weight_decay=0.25)
+    del found[f"{layer}.experts.down_proj"], found[f"{layer}.shared_experts.down_proj.weight"]
+    assert set(found.values()) == {Factors()}
+    model.config.mup = base
+    assert set(width_factors(model).values()) == {Factors()}, "without it, the base's granularity is the model's"
+
+
+@pytest.mark.parametrize(
+    ("moe", "message"),
+    [
+        (None, r"base.granularity is set and there are no experts; remove it"),
+        (
+            MOE | {"expert_hidden": 8},
+            r"base.granularity is set and moe.expert_hidden sets the experts' width; remove it",
+        ),
+    ],
+)
+def test_a_granularity_that_says_nothing(moe: dict[str, Any] | None, message: str) -> None:
+    config = decoder() if moe is None else MoEConfig(text_config=decoder(), moe=moe)
+    base = BASE | {"granularity": 2} | ({} if moe is None else {"expert_hidden": 8})
+    with pytest.raises(ValueError, match=message):
+        check_base(base, config)
+
+
 def test_experts_of_their_own_width_need_a_base() -> None:
     config = MoEConfig(text_config=decoder(), moe=MOE | {"expert_hidden": 20})
     with pytest.raises(ValueError, match=r"base lacks expert_hidden.*expert_hidden=20"):

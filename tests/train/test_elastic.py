@@ -17,7 +17,9 @@ from helpers.runs import (
     run_moe,
     write_recipe,
 )
+from typer.testing import CliRunner
 
+from moe.cli import app
 from moe.parallel.watchdog import STALLED_STATUS
 from moe.train.config import load_config
 from moe.train.metrics import read_metrics
@@ -92,8 +94,8 @@ def test_a_run_goes_on_with_fewer_and_with_more_processes(reference: Run, tmp_pa
 
 def test_a_batch_that_does_not_divide_is_explained(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path)
-    ended = run_moe("train", str(recipe), "parallel.processes=3", "parallel.ep_size=1", folder=tmp_path)
-    assert ended.status == 2
+    ended = CliRunner().invoke(app, ["train", str(recipe), "parallel.processes=3", "parallel.ep_size=1"])
+    assert ended.exit_code == 2
     assert "train.batch_size=8 is not divisible by train.micro_batch_size=4 times 3 processes" in ended.stderr
 
 

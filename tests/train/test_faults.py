@@ -261,27 +261,27 @@ def small_disk(reference: Run, tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_full_disk_costs_a_checkpoint_and_nothing_else(reference: Run, small_disk: Path, tmp_path: Path) -> None:
-    recipe = recipe_like(reference, tmp_path)
-    training = Training(recipe, "--resume")  # the folder exists: it is where the disk is mounted
-    ended = training.end()
+    recipe, run_dir = recipe_like(reference, tmp_path), tmp_path / "runs" / "run"
+    run = Planned(name="run", overrides=[], resume=True)  # the folder exists: it is where the disk is mounted
+    (result,) = run_many(recipe, [run])
     first = small_disk / f"step-{CHECKPOINT_EVERY:08d}"
     # At the end it tries once more.
-    failed = list(dict.fromkeys(message for message in events(training.run_dir) if "failed" in message))
+    failed = list(dict.fromkeys(message for message in events(run_dir) if "failed" in message))
     assert len(failed) == STEPS // CHECKPOINT_EVERY - 1, "it went on, and tried again"
     for index, message in enumerate(failed, start=2):
         assert f"checkpoint at step {index * CHECKPOINT_EVERY} failed, the last good one is {first.name}" in message
         assert "No space left" in message
-    assert losses(training.run_dir) == reference.losses, "training itself was not disturbed"
-    assert ended.status == 3, "without its last checkpoint a run is not finished"
-    assert f"error: {failed[-1]}" in ended.stderr
-    assert checkpoints(training.run_dir) == [first]
+    assert losses(run_dir) == reference.losses, "training itself was not disturbed"
+    assert result.status == 3, "without its last checkpoint a run is not finished"
+    assert f"error: {failed[-1]}" in result.stderr
+    assert checkpoints(run_dir) == [first]
     verify(first)
     assert not list(small_disk.glob(".partial*")), "nothing keeps the disk full"
 
     subprocess.run(["mount", "-o", "remount,size=100m", str(small_disk)], check=True)
-    assert Training(recipe, "--resume").end().status == 0
-    assert f"resumed from step {CHECKPOINT_EVERY} ({first.name})" in events(training.run_dir)
-    assert_same_run(training.run_dir, reference.dir)
+    assert [result.status for result in run_many(recipe, [run])] == [0]
+    assert f"resumed from step {CHECKPOINT_EVERY} ({first.name})" in events(run_dir)
+    assert_same_run(run_dir, reference.dir)
 
 
 # --- losses that are no numbers, and resuming what is not the same run; all in two processes

@@ -1,8 +1,7 @@
 """Inputs of every FFN of a dense decoder on calibration text, layer by layer: the model is never in memory as a whole.
 
-The windows of text pass one decoder layer after another. A layer is transformers' own, inside transformers' own decoder whose
-other layers pass their input on, so masks, rotary embeddings and attention are those of the model itself. Only the layer's
-FFN is run here: it gives the dense output, or that of the carved layer where calibration is sequential.
+The windows of text pass one decoder layer after another (`moe.models.walk`). Only the layer's FFN is run here: it gives the dense
+output, or that of the carved layer where calibration is sequential.
 
 Legend: B windows, L window length, T = B * L, D model.
 """
@@ -12,22 +11,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import MODEL_MAPPING, PreTrainedConfig
+from transformers import MODEL_MAPPING
 
 from moe.convert.carve.types import LayerInputs
 from moe.convert.dense import ffn_names
 from moe.models.folder import ModelFolder
+from moe.models.walk import DecoderWalk, embed
 
 FFN = Callable[[Tensor], Tensor]
 _LEAST_MEAN_SQUARE = 1e-12  # of a residual stream that is zero
-
-
-class _PassOn(nn.Module):
-    """A decoder layer that does nothing."""
-
-    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
-        """Its input."""
-        return hidden_states
 
 
 class _Recorder(nn.Module):
@@ -63,23 +55,13 @@ class CalibrationWalk:
         config = source.config
         self._ffn_name, _, projection = ffn_names(config).up.partition(".")
         assert projection and "." not in projection, "the FFN is a child of the layer"
-        vocab_size = source.shape("model.embed_tokens.weight")[0]
-        if int(windows_BL.max()) >= vocab_size:
-            raise ValueError(
-                f"token id {int(windows_BL.max())} is not in the model's vocabulary of {vocab_size}; "
-                "use the tokenizer of the model's own folder"
-            )
-        self._source, self._dtype, self._batch_size = source, dtype, batch_size
-        self.windows_BL = windows_BL
-        self.num_layers = int(config.num_hidden_layers)
-        self._decoder = _empty_decoder(config)
-        self._layers = list(self._decoder.layers)
-        self._decoder.layers = nn.ModuleList(_PassOn() for _ in self._layers)
-        self._check_passes_on(config)
-        # Only rows of tokens that occur, since a large vocabulary's matrix is as large as several layers.
-        ids_U, positions_BL = windows_BL.unique(return_inverse=True)
-        rows_UD = source.read("model.embed_tokens.weight")[ids_U].float()
-        self._hidden_BLD = rows_UD[positions_BL]
+        self._hidden_BLD = embed(source, windows_BL)
+        self._source, self.windows_BL = source, windows_BL
+        decoder_class: Any = MODEL_MAPPING[type(config)]
+        with torch.device("meta"):
+            decoder = decoder_class(config).eval()
+        self._walk = DecoderWalk(decoder, config, batch_size, dtype)
+        self.num_layers = self._walk.num_layers
         self._after_BLD: Tensor | None = None
         self._layer = 0
 
@@ -117,46 +99,20 @@ class CalibrationWalk:
         else:
             self._hidden_BLD = torch.cat([after_BLD for _, after_BLD in self._run(ffn)])
         self._after_BLD = None
-        self._decoder.layers[self._layer] = self._layers[self._layer] = _PassOn()
+        self._walk.unload(self._layer)
         self._layer += 1
 
-    @torch.no_grad()
     def _run(self, ffn: FFN) -> Iterator[tuple[Tensor, Tensor]]:
         """Inputs of the FFN (T, D), and the residual stream (B, L, D) after the layer, a batch at a time."""
         recorder = _Recorder(ffn)
-        setattr(self._decoder.layers[self._layer], self._ffn_name, recorder)
-        for chunk_BLD in self._hidden_BLD.split(self._batch_size):
-            with torch.autocast("cpu", torch.bfloat16, enabled=self._dtype == torch.bfloat16):
-                after_BLD = self._decoder(inputs_embeds=chunk_BLD, use_cache=False).last_hidden_state
+        setattr(self._walk.layer(self._layer), self._ffn_name, recorder)
+        for after_BLD in self._walk.run(self._hidden_BLD):
             assert recorder.x_TD is not None
-            yield recorder.x_TD, after_BLD.float()
+            yield recorder.x_TD, after_BLD
 
     def _load_layer(self) -> None:
         """Read the layer but for its FFN, and put it into the decoder."""
-        module = self._layers[self._layer]
+        module = self._walk.layer(self._layer)
         setattr(module, self._ffn_name, None)
         prefix = f"model.layers.{self._layer}."
-        state = {name: self._source.read(prefix + name).float() for name in module.state_dict()}
-        module.load_state_dict(state, assign=True)
-        self._decoder.layers[self._layer] = module
-
-    @torch.no_grad()
-    def _check_passes_on(self, config: PreTrainedConfig) -> None:
-        embedded_BLD = torch.ones(1, 2, config.hidden_size)
-        if not torch.equal(self._decoder(inputs_embeds=embedded_BLD, use_cache=False).last_hidden_state, embedded_BLD):
-            raise ValueError(
-                f"model_type={config.model_type!r} changes its embeddings before the first layer, which calibration layer by "
-                "layer does not know; carve a Llama-, Mistral- or Qwen-like decoder"
-            )
-
-
-def _empty_decoder(config: PreTrainedConfig) -> Any:
-    """The decoder of a model on the meta device, without a final norm; ``layers`` are to be loaded one at a time."""
-    decoder_class: Any = MODEL_MAPPING[type(config)]
-    with torch.device("meta"):
-        decoder = decoder_class(config).eval()
-    decoder.requires_grad_(False)
-    # Not meta tensors that a checkpoint would fill: computed when it is made.
-    decoder.rotary_emb = type(decoder.rotary_emb)(config=config)
-    decoder.norm = nn.Identity()
-    return decoder
+        self._walk.load(self._layer, {name: self._source.read(prefix + name).float() for name in module.state_dict()})

@@ -4,7 +4,7 @@ Legend: B windows, L window length.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,12 @@ class CarveText:
     Attributes:
         calibration_BL: what experts are made from.
         evaluation_BL: text that was not used for it, or ``None``.
+        reserve_BL: more calibration text, or ``None``.
     """
 
     calibration_BL: Tensor
     evaluation_BL: Tensor | None
+    reserve_BL: Tensor | None = None
 
 
 def read_windows(
@@ -39,6 +41,7 @@ def read_windows(
     evaluate: Path | None = None,
     eval_windows: int | None = None,
     seed: int = 0,
+    reserve_tokens: int = 0,
 ) -> CarveText:
     """Calibration and evaluation windows from text files.
 
@@ -50,6 +53,7 @@ def read_windows(
         evaluate: a file to evaluate on; a calibration file of the same name is split in two.
         eval_windows: of it, from the start.
         seed: of the choice.
+        reserve_tokens: wanted beyond those, as far as the files have them.
 
     Raises:
         ValueError: no tokenizer, a file is missing, or a text is too short.
@@ -64,11 +68,11 @@ def read_windows(
         if evaluate is not None and file.resolve() == evaluate.resolve():
             text, held_out = split_text(text)
         texts.append(tokenize(tokenizer, text))
-    calibration_BL = choose_windows(texts, num_tokens, window, torch.Generator().manual_seed(seed))
+    chosen = choose_text(texts, num_tokens, window, torch.Generator().manual_seed(seed), reserve_tokens)
     if evaluate is None:
-        return CarveText(calibration_BL=calibration_BL, evaluation_BL=None)
+        return chosen
     ids = tokenize(tokenizer, read_text(evaluate) if held_out is None else held_out)
-    return CarveText(calibration_BL=calibration_BL, evaluation_BL=cut_windows(ids, window, eval_windows))
+    return replace(chosen, evaluation_BL=cut_windows(ids, window, eval_windows))
 
 
 def read_text(path: Path) -> str:
@@ -94,13 +98,22 @@ def tokenize(tokenizer: Any, text: str) -> list[int]:
 
 
 def choose_windows(texts_ids: Sequence[list[int]], num_tokens: int, window: int, generator: torch.Generator) -> Tensor:
-    """(B, L) int64 windows, B * L = ``num_tokens``, as many of each text as of the others, or one more.
+    """The calibration windows of `choose_text`, (B, L) int64."""
+    return choose_text(texts_ids, num_tokens, window, generator).calibration_BL
+
+
+def choose_text(
+    texts_ids: Sequence[list[int]], num_tokens: int, window: int, generator: torch.Generator, reserve_tokens: int = 0
+) -> CarveText:
+    """Calibration windows, B * L = ``num_tokens``, as many of each text as of the others, or one more; and a reserve.
 
     Args:
         texts_ids: token ids of each text.
         num_tokens: wanted in all.
         window: L.
         generator: chooses among the windows of a text.
+        reserve_tokens: wanted beyond those, in the same shares, as far as there are some; the calibration windows are the same
+            with and without.
 
     Raises:
         ValueError: the number of tokens is no multiple of the window, or a text is too short for its part.
@@ -112,7 +125,8 @@ def choose_windows(texts_ids: Sequence[list[int]], num_tokens: int, window: int,
             f"--tokens {num_tokens} must be a multiple of --window {window}, at least {least} for {len(texts_ids)} "
             f"text{'s' if len(texts_ids) > 1 else ''}; use {max(num_windows * window, least)}"
         )
-    chosen = []
+    chosen, reserve = [], []
+    reserve_share = -(-reserve_tokens // (window * len(texts_ids)))
     for index, ids in enumerate(texts_ids):
         share = num_windows // len(texts_ids) + (index < num_windows % len(texts_ids))
         if len(ids) < share * window:
@@ -121,6 +135,12 @@ def choose_windows(texts_ids: Sequence[list[int]], num_tokens: int, window: int,
                 f"text or --tokens {len(ids) // window * window * len(texts_ids)} at most"
             )
         windows_BL = cut_windows(ids, window, None)
-        order_B = torch.randperm(len(windows_BL), generator=generator)[:share].sort().values
-        chosen.append(windows_BL[order_B])
-    return torch.cat(chosen)
+        order_B = torch.randperm(len(windows_BL), generator=generator)
+        chosen.append(windows_BL[order_B[:share].sort().values])
+        reserve.append(windows_BL[order_B[share : share + reserve_share].sort().values])
+    reserve_BL = torch.cat(reserve)
+    return CarveText(
+        calibration_BL=torch.cat(chosen),
+        evaluation_BL=None,
+        reserve_BL=reserve_BL if len(reserve_BL) else None,
+    )

@@ -4,15 +4,14 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from moe.convert.model_card import CARD
 from moe.convert.recover.options import RecoverOptions
 from moe.convert.recover.training import Point, Recovery
+from moe.models.compare import load_folder
 from moe.models.config import MoEConfig
 from moe.models.folder import FolderWriter, ModelFolder
 from moe.models.stock.ours import OURS
@@ -59,7 +58,7 @@ def recover_folder(
         command: for the model card.
 
     Raises:
-        ValueError: ``out`` exists, or the source is not in our format.
+        ValueError: ``out`` exists, the source is not in our format, a folder does not load whole, or a loss is not finite.
     """
     folder = ModelFolder(source)
     if Path(out).exists():
@@ -69,8 +68,8 @@ def recover_folder(
         raise ValueError(
             f"{source} has model_type={config.model_type!r}; recovery trains models in our own format: `moe import` it first"
         )
-    model = _load(folder, device)
-    teacher = None if distill is None else _load(ModelFolder(distill), device)
+    model = load_folder(folder.path, torch.float32, device)
+    teacher = None if distill is None else load_folder(ModelFolder(distill).path, torch.float32, device)
     recovery = Recovery(model, windows_BL, held_out_BL, options, teacher)
     points = recovery.run(report)
     before, after = (math.exp(min(point.held_out or 0.0, 700)) for point in (points[0], points[-1]))
@@ -83,11 +82,6 @@ def recover_folder(
         text = card.read_text(encoding="utf-8") if card.is_file() else f"# {Path(out).name}\n"
         writer.finish(OURS.to_stock(config), folder.sidecars(), {CARD: text + card_section(options, result, command)})
     return result
-
-
-def _load(folder: ModelFolder, device: str) -> Any:
-    model: Any = AutoModelForCausalLM.from_pretrained(folder.path, dtype=torch.float32)
-    return model.to(device)
 
 
 def card_section(options: RecoverOptions, result: Recovered, command: str | None) -> str:

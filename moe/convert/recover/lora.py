@@ -29,6 +29,7 @@ def add_lora(model: Any, rank: int, alpha: int) -> Any:
     linears = [
         name
         for name, module in model.model.named_modules(prefix="model")
+        # One output: the gate of shared experts.
         if isinstance(module, nn.Linear) and not name.startswith(routers) and module.out_features > 1
     ]
     banks = [name for name, module in model.named_modules() if isinstance(module, ExpertBank)]

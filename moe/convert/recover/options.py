@@ -26,7 +26,7 @@ class RecoverOptions:
         lora_rank, lora_alpha: r and alpha; updates are multiplied by alpha / r.
         bf16: compute under bf16 autocast; weights and optimizer states are fp32.
         eval_every: steps between evaluations; 0 evaluates at the start and at the end.
-        seed: of the order of the windows and the LoRA weights.
+        seed: of the order of the windows, the LoRA weights and the noise of routers that have some.
     """
 
     steps: int = 200

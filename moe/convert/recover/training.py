@@ -7,6 +7,7 @@ Legend: B windows, L window length.
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
@@ -74,8 +75,7 @@ class Recovery:
         self._trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         self._routers = [router_parameters(layer) for layer in self.layers]
         self._scales = self._measured(model) if options.router_lr or options.balance_rate else []
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(options.seed)
+        with self._seeded():
             self.model = model if options.mode == "full" else add_lora(model, options.lora_rank, options.lora_alpha)
         for parameter in chain(*self._routers):
             parameter.requires_grad_(options.router_lr > 0)
@@ -102,15 +102,19 @@ class Recovery:
         return [group for group in groups if group["params"]]
 
     def run(self, report: Callable[[Point], None] = lambda point: None) -> list[Point]:
-        """Train all steps; the points that were reported, the first before any step. LoRA is merged into `model` then."""
+        """Train all steps; the points that were reported, the first before any step. LoRA is merged into `model` then.
+
+        Raises:
+            ValueError: a loss is not finite.
+        """
         options, points = self.options, []
         rates = [options.balance_rate * scale.score_spread for scale in self._scales] or [0.0] * len(self.layers)
-        with moving_bias(self.layers, rates):
+        with self._seeded(), moving_bias(self.layers, rates):
             for step in range(options.steps + 1):
                 point = self._step(step) if step else Point(step=0, tokens=0)
                 ends = step in (0, options.steps)
                 if ends or (options.eval_every and step % options.eval_every == 0):
-                    point = replace(point, held_out=self.evaluate())
+                    point = replace(point, held_out=self._finite(self.evaluate(), f"held-out loss after step {step}"))
                 points.append(point)
                 report(point)
         if options.mode == "lora":
@@ -138,8 +142,7 @@ class Recovery:
             (total / num_parts).backward()
             loss += part.item() / num_parts
             distance += 0.0 if part_distance is None else part_distance.item() / num_parts
-        if not math.isfinite(loss):
-            raise ValueError(f"the loss of step {step} is {loss}; lower recover.lr={options.peak_lr}")
+        self._finite(loss, f"loss of step {step}")
         # Routers apart: the smaller their weights, the larger are their gradients, which would be all of one norm.
         for parameters in (self._others, list(chain(*self._routers))):
             torch.nn.utils.clip_grad_norm_(parameters, options.clip)
@@ -159,6 +162,18 @@ class Recovery:
             with torch.no_grad():
                 teacher_BLV = self._teacher(input_ids=input_ids_BL).logits
         return out.loss, distillation(out.logits.flatten(0, 1), teacher_BLV.flatten(0, 1))
+
+    def _finite(self, loss: float, which: str) -> float:
+        if not math.isfinite(loss):
+            raise ValueError(f"the {which} is {loss}; lower recover.lr={self.options.peak_lr}")
+        return loss
+
+    @contextmanager
+    def _seeded(self) -> Iterator[None]:
+        """For new LoRA weights and the noise of routers; the process's own random state stays as it was."""
+        with torch.random.fork_rng(devices=[self._device] if self._device.type == "cuda" else []):
+            torch.manual_seed(self.options.seed)
+            yield
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self._device.type, torch.bfloat16, enabled=self.options.bf16)

@@ -1,10 +1,7 @@
 """ToMoE: experts as learned masks on the neurons of a dense FFN (Gao et al., arXiv 2501.15316).
 
-Interface for ``moe carve --method tomoe``::
-
-    from moe.convert.tomoe import ToMoEOptions, report_lines, tomoe_convert
-    options = ToMoEOptions(num_experts=8, active_share=0.5, steps=2000, lr=1e-3, bf16=False, seed=0)
-    report = tomoe_convert(source, out, windows_BL, options, to="moe", device="cpu", shared=False, progress=show)
+`tomoe_convert` is ``moe tomoe``: `training` learns scores of neurons and routers (`hypernet`, `gates`, `losses`), `experts`
+makes experts of them and `convert` writes the folder.
 """
 
 from moe.convert.tomoe.convert import ToMoEReport, report_lines, tomoe_convert

@@ -1,33 +1,30 @@
 """ToMoE as a conversion: a dense folder and text in, an MoE folder out.
 
-`tomoe_convert(source, out, windows_BL, options, to="moe", device="cpu", shared=False, progress=None) -> ToMoEReport`
-is what ``moe carve --method tomoe`` calls. The result is a plain top-1 MoE: a linear router without noise and weight 1 for
-the chosen expert. Mixtral and Qwen3-MoE express it, and with shared experts GLM4-MoE.
+The result is a plain top-1 MoE: a linear router without noise and weight 1 for the chosen expert. Mixtral, Qwen3-MoE and
+GLM4-MoE express it, with shared experts GLM4-MoE alone.
 
 Attention is left dense. The paper prunes it too (per-token dimensions of values, per-layer dimensions of queries and keys),
 which no architecture that servers load can express.
 """
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from moe.convert.dense import activation, check_dense, ffn_tensors, read_ffn
 from moe.convert.model_card import CARD, ModelCard, render_card
-from moe.convert.tomoe.experts import ExpertPlan, plan_experts
+from moe.convert.tomoe.experts import ExpertPlan, expert_width, plan_experts
 from moe.convert.tomoe.options import ToMoEOptions
-from moe.convert.tomoe.training import train_masks
+from moe.convert.tomoe.training import Progress, train_masks
+from moe.models.compare import load_folder
 from moe.models.config import MoEConfig
 from moe.models.folder import ModelFolder
 from moe.models.stock.write import Conversion, check_fits, write_model
 
 _FAR = 0.1  # between the trained and the final width, relative
-Progress = Callable[[int, int, dict[str, float]], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,9 +52,6 @@ class ToMoEReport:
 
 def tomoe_config(text_config: Any, plan: ExpertPlan) -> MoEConfig:
     """The config of the MoE that a plan makes of a dense decoder."""
-    router: dict[str, Any] = {"name": "topk", "top_k": 1, "renormalize": True, "frozen": True}
-    if plan.num_shared:  # GLM4-MoE's rule; with one expert of weight 1 it chooses the same
-        router |= {"score": "sigmoid", "selection_bias": True}
     return MoEConfig(
         text_config=text_config,
         moe={
@@ -65,7 +59,7 @@ def tomoe_config(text_config: Any, plan: ExpertPlan) -> MoEConfig:
             "expert_hidden": plan.width,
             "num_shared_experts": plan.num_shared,
             "activation": activation(text_config),
-            "router": router,
+            "router": {"name": "topk", "top_k": 1, "renormalize": True, "frozen": True},
             "balance": {"aux_coef": 0.0},
         },
     )
@@ -97,16 +91,15 @@ def tomoe_convert(
         command: for the model card, which is written where one is given.
 
     Raises:
-        ValueError: ``out`` exists, the source is no dense decoder known here, or the result does not fit ``to``.
+        ValueError: ``out`` exists, the source is no dense decoder known here, the experts would be as wide as its FFN, or the
+            result would not fit ``to``; all of it before training. Or the loss is not finite.
     """
     folder = source if isinstance(source, ModelFolder) else ModelFolder(source)
     if Path(out).exists():
         raise ValueError(f"{out} exists; remove it or choose another folder")
     check_dense(folder, range(folder.config.num_hidden_layers))
-    if not shared:  # else how many shared experts there are is known after training only
-        check_fits(_config_before(folder.config, options), to)
-    model: Any = AutoModelForCausalLM.from_pretrained(folder.path, dtype="auto")
-    model.to(device)
+    _check_result(folder.config, options, to, shared)
+    model: Any = load_folder(folder.path, "auto" if options.bf16 else torch.float32, device)
     history: list[dict[str, float]] = []
 
     def note(step: int, steps: int, parts: dict[str, float]) -> None:
@@ -178,16 +171,20 @@ def _card(
     )
 
 
-def _config_before(text_config: Any, options: ToMoEOptions) -> MoEConfig:
-    """A config like that of the result, to be refused before hours of training and not after."""
-    blank = torch.zeros(text_config.num_hidden_layers, options.num_experts, 1, dtype=torch.int64)
+def _check_result(text_config: Any, options: ToMoEOptions, to: str, shared: bool) -> None:
+    """Refuse what cannot be written before hours of training and not after.
+
+    How many shared experts there will be is not known yet: a format that takes one takes any number.
+    """
+    width = expert_width(options.active_share, text_config.intermediate_size, options.width_multiple)
+    blank_LEW = torch.zeros(text_config.num_hidden_layers, options.num_experts, width, dtype=torch.int64)
     plan = ExpertPlan(
-        routed_LEW=blank,
-        shared_LS=blank[:, 0, :0],
+        routed_LEW=blank_LEW,
+        shared_LS=blank_LEW[:, 0, : width if shared else 0],
         router_LED=torch.zeros(0),
         num_neurons=text_config.intermediate_size,
     )
-    return tomoe_config(text_config, plan)
+    check_fits(tomoe_config(text_config, plan), to)
 
 
 def _means(rows: list[dict[str, float]]) -> dict[str, float]:
@@ -196,11 +193,10 @@ def _means(rows: list[dict[str, float]]) -> dict[str, float]:
 
 def report_lines(report: ToMoEReport) -> list[str]:
     """For people."""
-    first, last = (asdict(report)[key] for key in ("first", "last"))
     return [
         f"experts of {report.width} neurons" + (f", {report.num_shared} shared" if report.num_shared else ""),
         f"active {report.active_share:.1%} of the FFN, stored {report.stored_share:.1%}, covered {report.covered_share:.1%}",
         f"masks were trained to {report.trained_share:.1%}"
         + (": too few steps" if abs(report.trained_share / report.active_share - 1) > _FAR else ""),
-        f"distance to the dense model (KL) {first['kd']:.4f} -> {last['kd']:.4f} on the training text",
+        f"distance to the dense model (KL) {report.first['kd']:.4f} -> {report.last['kd']:.4f} on the training text",
     ]

@@ -69,11 +69,8 @@ class ExpertPlan:
         shared = self.shared_LS[index]
         gate_up_EHD, down_EDF = zip(*(_neurons(ffn, ids) for ids in self.routed_LEW[index]), strict=True)
         shared_gate_up_HD, shared_down_DF = _neurons(ffn, shared) if len(shared) else (None, None)
-        router = {"weight": self.router_LED[index].to(ffn.up_FD.dtype)}
-        if self.num_shared:
-            router["bias_E"] = torch.zeros(len(self.routed_LEW[index]))
         return MoEWeights(
-            router=router,
+            router={"weight": self.router_LED[index].to(ffn.up_FD.dtype)},
             gate_up_EHD=torch.stack(gate_up_EHD),
             down_EDF=torch.stack(down_EDF),
             shared_gate_up_HD=shared_gate_up_HD,
@@ -100,12 +97,7 @@ def plan_experts(trained: TrainedMasks, active_share: float, width_multiple: int
         ValueError: rounded up, the experts are as wide as the dense FFN.
     """
     scores_LEF, num_neurons = trained.scores_LEF, trained.scores_LEF.shape[-1]
-    width = _round_up(math.ceil(active_share * num_neurons - 1e-6), width_multiple)
-    if width >= num_neurons:
-        raise ValueError(
-            f"experts of tomoe.active_share={active_share} of {num_neurons} neurons, in multiples of tomoe.width_multiple="
-            f"{width_multiple}, are as wide as the dense FFN; lower one of them"
-        )
+    width = expert_width(active_share, num_neurons, width_multiple)
     num_shared, width = _shared_experts(scores_LEF, width, width_multiple) if shared else (0, width)
     masks_LEF = _best(scores_LEF, width * (num_shared + 1))
     # Of what all experts have, the shared ones take the best.
@@ -116,6 +108,21 @@ def plan_experts(trained: TrainedMasks, active_share: float, width_multiple: int
     return ExpertPlan(
         routed_LEW=routed_LEW, shared_LS=shared_LS, router_LED=trained.router_LED, num_neurons=num_neurons
     )
+
+
+def expert_width(active_share: float, num_neurons: int, width_multiple: int) -> int:
+    """Neurons of what a token passes: p F, rounded up to a multiple.
+
+    Raises:
+        ValueError: that is the whole dense FFN.
+    """
+    width = _round_up(math.ceil(active_share * num_neurons - 1e-6), width_multiple)
+    if width >= num_neurons:
+        raise ValueError(
+            f"experts of tomoe.active_share={active_share} of {num_neurons} neurons, in multiples of tomoe.width_multiple="
+            f"{width_multiple}, are as wide as the dense FFN; lower one of them"
+        )
+    return width
 
 
 def _best(scores_LEF: Tensor, width: int) -> Tensor:

@@ -21,7 +21,7 @@ class ToMoEOptions:
         temperature: of both relaxations.
         offset: added to the masks' logits, so that nearly all neurons are on at the start.
         width_multiple: the experts' width is rounded up to a multiple of this; quantised formats want 32 or more.
-        bf16: compute the language model under bf16 autocast.
+        bf16: compute the language model under bf16 autocast, from weights as they are stored; else all of it is fp32.
         seed: of the initial weights, the noise and the order of the windows.
     """
 

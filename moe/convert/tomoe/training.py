@@ -18,6 +18,8 @@ from moe.convert.tomoe.gates import GatedModel
 from moe.convert.tomoe.hypernet import HyperNetwork, hard_masks, sample_masks
 from moe.convert.tomoe.options import ToMoEOptions
 
+Progress = Callable[[int, int, dict[str, float]], None]
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainedMasks:
@@ -55,7 +57,7 @@ class MaskTraining:
         self.device = next(model.parameters()).device
         config = model.config
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-            torch.manual_seed(options.seed)
+            torch.default_generator.manual_seed(options.seed)  # of the CPU only: a GPU's stays as it is
             self.gated = GatedModel(model, options.num_experts)
             self.hypernet = HyperNetwork(
                 config.num_hidden_layers, options.num_experts, config.intermediate_size, options.offset
@@ -123,7 +125,7 @@ def train_masks(
     model: Any,
     windows_BL: Tensor,
     options: ToMoEOptions,
-    progress: Callable[[int, int, dict[str, float]], None] | None = None,
+    progress: Progress | None = None,
 ) -> TrainedMasks:
     """Train masks for a dense decoder.
 

@@ -6,7 +6,7 @@ Memory is that of one layer's source and result. The result appears under its na
 import copy
 import shlex
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -23,6 +23,7 @@ from moe.models.compare import LogitComparison, compare_folders
 from moe.models.config import MoEConfig
 from moe.models.folder import ModelFolder
 from moe.models.modeling import MoEForCausalLM
+from moe.models.stock import FORMATS
 from moe.models.stock.write import Conversion, check_fits, write_model
 from moe.models.verify import measure, text_windows
 
@@ -109,7 +110,10 @@ def _prepare(folders: list[ModelFolder], out: Path, to: str, options: UpcycleOpt
     method.check(options, width, len(folders))
     check_alike(folders)
     config = _config(first, options, layers)
-    check_fits(config, to)
+    try:
+        check_fits(config, to)
+    except ValueError as problem:
+        raise ValueError(f"{problem}{_other_score(first, options, layers, to)}") from None
     dtype = DTYPES.get(options.dtype) or first.read(ffn_tensors(first.config, layers[0])[-1]).dtype
     is_exact = options.renormalize and options.dtype != "bf16" and method.keeps_function(options, width, dtype)
     return _Job(sources=folders, out=out, to=to, method=method, options=options, config=config, is_exact=is_exact)
@@ -139,6 +143,15 @@ def _config(source: ModelFolder, options: UpcycleOptions, layers: tuple[int, ...
     with torch.device("meta"):
         MoEForCausalLM(config)
     return config
+
+
+def _other_score(source: ModelFolder, options: UpcycleOptions, layers: tuple[int, ...], to: str) -> str:
+    """Advice to choose the other score for the gates, where a format refuses less with it."""
+    if to not in FORMATS:
+        return ""
+    other = replace(options, score="softmax" if options.score == "sigmoid" else "sigmoid")
+    with_this, with_other = (FORMATS[to].refusals(_config(source, each, layers)) for each in (options, other))
+    return f"; pass --score {other.score}" if set(with_other) < set(with_this) else ""
 
 
 def _conversion(job: _Job) -> Conversion:

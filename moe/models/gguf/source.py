@@ -1,6 +1,5 @@
 """The model that becomes a GGUF file, whatever folder it comes from: ours, a stock MoE, or a dense decoder."""
 
-from pathlib import Path
 from typing import Any
 
 from moe.models.config import MoEConfig
@@ -14,19 +13,18 @@ class GGUFSource:
     """A folder read as a decoder config with an MoE in some layers.
 
     Args:
-        path: of the folder.
+        folder: the tensors.
 
     Attributes:
-        folder: the tensors.
         config: of the model as ours; ``None`` for a dense one.
         decoder: config of the decoder around the experts; of a dense model, the model's own.
 
     Raises:
-        ValueError: the folder cannot be read, or we cannot express its model.
+        ValueError: the config cannot be read, or we cannot express its model.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.folder = ModelFolder(path)
+    def __init__(self, folder: ModelFolder) -> None:
+        self.folder = folder
         stock = self.folder.config
         self._format = FORMATS.get("moe" if isinstance(stock, MoEConfig) else stock.model_type)
         self.config = None if self._format is None else self._format.from_stock(stock)

@@ -15,13 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from moe.models.compare import LogitComparison, LogitsFile, compare_logits, model_logits
+from moe.models.folder import ModelFolder
 from moe.models.gguf.architectures import choose_architecture
 from moe.models.gguf.metadata import hyperparameters
 from moe.models.gguf.package import load_gguf
 from moe.models.gguf.source import GGUFSource
 from moe.models.gguf.tensors import plan_tensors
 from moe.models.gguf.vocabulary import read_vocabulary
-from moe.models.gguf.write import FILE_TYPES, encode, storage_type
+from moe.models.gguf.write import FILE_TYPES, Storage
 
 # Started by its path: importing it needs llama-cpp-python.
 _LLAMA_PROCESS = Path(__file__).with_name("llama_process.py")
@@ -33,8 +34,12 @@ def check_contents(source: Path, path: Path, dtype: str) -> int:
     Raises:
         ValueError: something differs or is not there; names it.
     """
+    return check_file(GGUFSource(ModelFolder(source)), path, FILE_TYPES[dtype])
+
+
+def check_file(model: GGUFSource, path: Path, storage: Storage) -> int:
+    """`check_contents` of a model that is open, its tensors stored in any way."""
     gguf = load_gguf()
-    model = GGUFSource(source)
     architecture = choose_architecture(model)
     reader = gguf.GGUFReader(path)
     keys = {name: field.contents() for name, field in reader.fields.items()}
@@ -55,14 +60,14 @@ def check_contents(source: Path, path: Path, dtype: str) -> int:
     if differ := sorted({tensor.name for tensor in plan} ^ set(found)):
         raise ValueError(f"{path}: these tensors are in one of file and source only: {', '.join(differ)}")
     for tensor in plan:
-        kind = storage_type(tensor, FILE_TYPES[dtype].matrices)
+        kind = storage.kind(tensor)
         stored = found[tensor.name]
         shape = tuple(int(size) for size in reversed(stored.shape))
         if shape != tensor.shape or stored.tensor_type != kind:
             raise ValueError(
                 f"{path}: {tensor.name} is {stored.tensor_type.name} {shape}, not {kind.name} {tensor.shape}"
             )
-        values = encode(tensor.name, tensor.read(), kind)
+        values = storage.encode(tensor)
         if not np.array_equal(np.asarray(stored.data).reshape(-1).view(np.uint8), values.reshape(-1).view(np.uint8)):
             raise ValueError(f"{path}: {tensor.name} differs from the source's")
     return len(plan)

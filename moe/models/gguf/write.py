@@ -4,11 +4,12 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from moe.models.folder import ModelFolder
 from moe.models.gguf.architectures import Architecture, choose_architecture
 from moe.models.gguf.metadata import hyperparameters
 from moe.models.gguf.package import load_gguf
@@ -17,12 +18,36 @@ from moe.models.gguf.tensors import PlannedTensor, plan_tensors
 from moe.models.gguf.vocabulary import Vocabulary, read_vocabulary
 
 
+class Storage(Protocol):
+    """How the tensors of a file are stored."""
+
+    @property
+    def file(self) -> str:
+        """Name in ``gguf.LlamaFileType``."""
+
+    def kind(self, tensor: PlannedTensor) -> Any:
+        """``gguf.GGMLQuantizationType`` of a tensor."""
+
+    def encode(self, tensor: PlannedTensor) -> Any:
+        """Its bytes as a numpy array, read now."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class FileType:
-    """How matrices are stored: names in ``gguf.GGMLQuantizationType`` and ``gguf.LlamaFileType``."""
+    """All matrices alike: names in ``gguf.GGMLQuantizationType`` and ``gguf.LlamaFileType``."""
 
     matrices: str
     file: str
+
+    def kind(self, tensor: PlannedTensor) -> Any:
+        """See `Storage`."""
+        return storage_type(tensor, self.matrices)
+
+    def encode(self, tensor: PlannedTensor) -> Any:
+        """See `Storage`."""
+        values = tensor.read()
+        assert tuple(values.shape) == tensor.shape, f"{tensor.name}: {tuple(values.shape)} is not {tensor.shape}"
+        return encode(tensor.name, values, self.kind(tensor))
 
 
 # Vectors, routers and gates are always fp32. Fewer bits: run llama.cpp's own quantizer on an fp16 or bf16 file.
@@ -59,8 +84,9 @@ def write_gguf(
     dtype: str = "fp16",
     progress: Callable[[int, int], None] | None = None,
     no_vocabulary: bool = False,
+    check: Callable[[Path], None] | None = None,
 ) -> GGUFFile:
-    """Write a model folder as one GGUF file, which appears under its name when it is complete.
+    """Write a model folder as one GGUF file, which appears under its name when it is complete and checked.
 
     Args:
         source: folder of a model of ours, of a stock MoE, or of a dense decoder.
@@ -69,17 +95,31 @@ def write_gguf(
         progress: called with tensors done and in all.
         no_vocabulary: leave the tokenizer out, for one that llama.cpp does not have; users of the file then bring their own.
             A folder without a tokenizer gives such a file in any case.
+        check: called with the complete file before it gets its name; what it raises makes the file vanish.
 
     Raises:
         ValueError: no package ``gguf``, ``out`` exists, or the model or its tokenizer does not fit llama.cpp.
     """
-    gguf = load_gguf()
-    out = Path(out)
     if dtype not in FILE_TYPES:
         raise ValueError(f"dtype {dtype!r} is unknown; use one of {', '.join(FILE_TYPES)}")
+    load_gguf()
+    model = GGUFSource(ModelFolder(source))
+    return write_file(model, out, FILE_TYPES[dtype], progress, no_vocabulary, check)
+
+
+def write_file(
+    model: GGUFSource,
+    out: Path,
+    storage: Storage,
+    progress: Callable[[int, int], None] | None = None,
+    no_vocabulary: bool = False,
+    check: Callable[[Path], None] | None = None,
+) -> GGUFFile:
+    """`write_gguf` of a model that is open, its tensors stored in any way."""
+    gguf = load_gguf()
+    out = Path(out)
     if out.exists():
         raise ValueError(f"{out} exists; remove it or choose another file")
-    model = GGUFSource(source)
     architecture = choose_architecture(model)
     vocabulary = None if no_vocabulary else read_vocabulary(model)
     plan = plan_tensors(model, architecture)
@@ -87,9 +127,11 @@ def write_gguf(
     partial = out.with_name(f".{out.name}.{uuid.uuid4().hex}")
     writer = gguf.GGUFWriter(partial, architecture.name)
     try:
-        _add_keys(writer, model, architecture, vocabulary, dtype)
-        _write(writer, plan, FILE_TYPES[dtype].matrices, progress)
+        _add_keys(writer, model, architecture, vocabulary, storage.file)
+        _write(writer, plan, storage, progress)
         writer.close()
+        if check is not None:
+            check(partial)
         partial.rename(out)
     finally:
         writer.close()
@@ -104,12 +146,12 @@ def write_gguf(
 
 
 def _add_keys(
-    writer: Any, model: GGUFSource, architecture: Architecture, vocabulary: Vocabulary | None, dtype: str
+    writer: Any, model: GGUFSource, architecture: Architecture, vocabulary: Vocabulary | None, file_type: str
 ) -> None:
     gguf = load_gguf()
     writer.add_type("model")
     writer.add_name(model.folder.path.resolve().name)
-    writer.add_file_type(gguf.LlamaFileType[FILE_TYPES[dtype].file])
+    writer.add_file_type(gguf.LlamaFileType[file_type])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     add: dict[type, Callable[[str, Any], None]] = {
         bool: writer.add_bool,
@@ -150,10 +192,12 @@ def encode(name: str, tensor: Tensor, kind: Any) -> Any:
     return gguf.quants.quantize(values.numpy(), kind)
 
 
-def _write(writer: Any, plan: list[PlannedTensor], matrices: str, progress: Callable[[int, int], None] | None) -> None:
+def _write(
+    writer: Any, plan: list[PlannedTensor], storage: Storage, progress: Callable[[int, int], None] | None
+) -> None:
     gguf = load_gguf()
     for tensor in plan:
-        kind = storage_type(tensor, matrices)
+        kind = storage.kind(tensor)
         block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
         num_bytes = torch.Size(tensor.shape).numel() // block * block_bytes
         writer.add_tensor_info(tensor.name, tensor.shape, None, num_bytes, raw_dtype=kind)
@@ -161,8 +205,6 @@ def _write(writer: Any, plan: list[PlannedTensor], matrices: str, progress: Call
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     for done, tensor in enumerate(plan, 1):
-        values = tensor.read()
-        assert tuple(values.shape) == tensor.shape, f"{tensor.name}: {tuple(values.shape)} is not {tensor.shape}"
-        writer.write_tensor_data(encode(tensor.name, values, storage_type(tensor, matrices)))
+        writer.write_tensor_data(storage.encode(tensor))
         if progress is not None:
             progress(done, len(plan))

@@ -139,7 +139,7 @@ class StockFormat(ABC):
         (width, dim), num_experts = shapes[names.gate], len(router["weight"])
         first = folder.read(f"{block}.experts.0.{names.gate}.weight")
         gate_up_EHD = first.new_empty(num_experts, 2 * width, dim)
-        down_EDF = first.new_empty(num_experts, dim, width)
+        down_EDF = first.new_empty(num_experts, *shapes[names.down])
         for expert in range(num_experts):
             stem = f"{block}.experts.{expert}"
             gate_up_EHD[expert, :width] = folder.read(f"{stem}.{names.gate}.weight")

@@ -25,17 +25,18 @@ def load(path: Path, engine: "Engine") -> dict[str, Any]:
         CheckpointError: the checkpoint is of another model, or what is in place afterwards is not what was saved; the
             first name is given. On all ranks alike.
     """
-    from moe.parallel.state import MOMENTS, create_moments, set_full
+    from moe.parallel.state import create_moments, moments_of, set_full
 
     reader, state = CheckpointReader(path), read_state(path)
     held = holdings(engine)
     _check_names(reader, held, engine.ep_size)
     with_moments = state["optimizer_steps"] > 0
+    kinds: dict[str, tuple[str, ...]] = {
+        holding.name: moments_of(engine, holding.parameter) if with_moments else () for holding in held
+    }
+    _check_moments(reader, kinds)
     if with_moments:
         create_moments(engine, state["optimizer_steps"])
-    kinds: dict[str, tuple[str, ...]] = {
-        holding.name: MOMENTS if with_moments and holding.parameter.requires_grad else () for holding in held
-    }
     for holding in held:
         weight, *moments = (_read(reader, kind, holding) for kind in ("weight", *kinds[holding.name]))
         set_full(engine, holding.parameter, weight, dict(zip(kinds[holding.name], moments, strict=True)))
@@ -89,6 +90,20 @@ def _difference(reader: CheckpointReader, kind: str, holding: Holding, tensor: T
                 "the values of another expert or parameter are in its place"
             )
     return None
+
+
+def _check_moments(reader: CheckpointReader, kinds: dict[str, tuple[str, ...]]) -> None:
+    """Frozen parameters have none, on either side; they are no other optimizer's."""
+    from moe.parallel.state import MOMENTS
+
+    stored = {kind: set(reader.names(kind)) for kind in MOMENTS}
+    for name, wanted in kinds.items():
+        found = tuple(kind for kind in MOMENTS if name in stored[kind])
+        if wanted and found and found != wanted:
+            raise CheckpointError(
+                f"{reader.path} was written by another optimizer: of {name} it has {' and '.join(found)}, and this one "
+                f"has {' and '.join(wanted)}; resume with the optim.name that wrote it, or start a new run folder"
+            )
 
 
 def _check_names(reader: CheckpointReader, held: list[Holding], ep_size: int) -> None:

@@ -67,7 +67,14 @@ def take_snapshot(engine: "Engine", memory: HostMemory) -> Snapshot:
         CheckpointError: an assembled weight is not the one that this rank computes with. Raised on that rank alone, after
             all collectives.
     """
-    from moe.parallel.state import MOMENTS, computes_with, full_moment, full_weight, link_moments, num_optimizer_steps
+    from moe.parallel.state import (
+        computes_with,
+        full_moment,
+        full_weight,
+        link_moments,
+        moments_of,
+        num_optimizer_steps,
+    )
 
     rank, num_steps = dist.get_rank(), num_optimizer_steps(engine)
     if num_steps:
@@ -90,7 +97,7 @@ def take_snapshot(engine: "Engine", memory: HostMemory) -> Snapshot:
         if holding.writer == rank and not computes_with(holding.parameter, weight):
             strangers.append(holding.key)
         keep("weight", holding, weight)
-        for kind in MOMENTS if num_steps and holding.parameter.requires_grad else ():
+        for kind in moments_of(engine, holding.parameter) if num_steps else ():
             keep(kind, holding, full_moment(engine, holding.parameter, kind))
     _add_buffers(engine, memory, shot)
     shot.tensors["rng"] = torch.get_rng_state()

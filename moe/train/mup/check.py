@@ -1,17 +1,16 @@
 """The coordinate check of a recipe: real text, a few optimizer steps of each variant, sizes of every module's output."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
-
-import torch
 
 from moe.scaling.coordinates import Sizes, Verdict, measure_sizes, output_modules, verdicts
 from moe.train.config import RunConfig
 from moe.train.data import BatchLoader, DataBundle, build_data
 from moe.train.model import build_config, build_model
-from moe.train.mup.variants import variant
-from moe.train.optim import param_groups
+from moe.train.mup.variants import check_values, variant
+from moe.train.optim import choose_optimizer, param_groups
 
 LIMIT = 0.2
 
@@ -37,8 +36,7 @@ class CheckOptions:
     lr: float | None = None
 
     def __post_init__(self) -> None:
-        if len(set(self.values)) < 2:
-            raise ValueError(f"--{self.axis} needs at least two different values, such as 128,256,512")
+        check_values(self.axis, self.values, at_least=2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,13 +66,18 @@ class CheckResult:
                     "module": each.module,
                     "quantity": each.quantity,
                     "step": each.step,
-                    "sizes": {str(value): size for value, size in each.sizes.items()},
-                    "change": each.change,
+                    "sizes": {str(value): _number(size) for value, size in each.sizes.items()},
+                    "change": _number(each.change),
                     "judged": each.judged,
                 }
                 for each in self.verdicts
             ],
         }
+
+
+def _number(value: float) -> float | None:
+    """JSON has none for what diverged."""
+    return value if math.isfinite(value) else None
 
 
 def run_check(
@@ -112,7 +115,8 @@ def _measure(config: RunConfig, data: DataBundle, options: CheckOptions, seed: i
         for group in param_groups(model, config.optim)
         if group["params"]
     ]
-    optimizer = torch.optim.AdamW(groups, betas=config.optim.betas)
+    chosen = choose_optimizer(config.optim)
+    optimizer = chosen.optimizer_class(groups, **chosen.options)  # type: ignore[call-arg]
 
     def train_step() -> None:
         model(input_ids=batch.input_ids_BL, labels=batch.labels_BL, shift_labels=batch.labels_BL).loss.backward()

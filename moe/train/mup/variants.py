@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from moe.train.config import RunConfig
+from moe.train.config import RunConfig, parse_config
 
 
 def of_width(config: RunConfig, width: int) -> dict[str, Any]:
@@ -17,7 +17,7 @@ def of_width(config: RunConfig, width: int) -> dict[str, Any]:
         if key not in decoder:
             raise ValueError(f"model.decoder.{key} is not set; a variant in width needs it")
     hidden, heads = decoder["hidden_size"], decoder["num_attention_heads"]
-    kv_heads = decoder.get("num_key_value_heads", heads)
+    kv_heads = decoder.get("num_key_value_heads") or heads
     changed = {
         "hidden_size": width,
         "intermediate_size": _scaled("model.decoder.intermediate_size", decoder["intermediate_size"], width, hidden),
@@ -50,10 +50,12 @@ def of_experts(config: RunConfig, num_experts: int) -> dict[str, Any]:
 def of_granularity(config: RunConfig, granularity: int) -> dict[str, Any]:
     """The recipe with G times narrower experts, G times as many, of which G times as many run.
 
+    Under muP the recipe's own granularity is the base's where the base names none.
+
     Raises:
         ValueError: the router has no ``top_k``, or the recipe sets the experts' width itself.
     """
-    moe = config.moe or {}
+    moe = _moe(config)
     if moe.get("expert_hidden") is not None:
         raise ValueError("moe.expert_hidden fixes the experts' width; set moe.granularity in its place")
     if "top_k" not in moe["router"]:
@@ -66,15 +68,20 @@ def of_granularity(config: RunConfig, granularity: int) -> dict[str, Any]:
                 f"granularity {granularity} makes {count:g} of {name}; choose a multiple of moe.granularity"
             )
     router = moe["router"] | {"top_k": int(counts["top_k"])}
-    return _with_moe(config, num_experts=int(counts["num_experts"]), granularity=granularity, router=router)
+    values = _with_moe(config, num_experts=int(counts["num_experts"]), granularity=granularity, router=router)
+    if (base := config.parametrization.base) is not None:
+        values["parametrization"]["base"] = {"granularity": moe["granularity"], **base}
+    return values
+
+
+def _moe(config: RunConfig) -> dict[str, Any]:
+    if config.moe is None:
+        raise ValueError("moe is null: a dense recipe has no experts to vary")
+    return config.moe
 
 
 def _with_moe(config: RunConfig, **changed: Any) -> dict[str, Any]:
-    if config.moe is None:
-        raise ValueError("moe is null: a dense recipe has no experts to vary")
-    values = config.model_dump()
-    values["moe"] = config.moe | changed
-    return values
+    return {**config.model_dump(), "moe": _moe(config) | changed}
 
 
 # What may vary, by its option on the command line.
@@ -83,8 +90,27 @@ AXES: dict[str, Callable[[RunConfig, int], dict[str, Any]]] = {
     "experts": of_experts,
     "granularity": of_granularity,
 }
+OPTIONS = {"width": "widths", "experts": "experts", "granularity": "granularity"}
+EXAMPLES = {"width": "128,256,512", "experts": "4,8,16", "granularity": "1,2,4"}
 
 
 def variant(config: RunConfig, axis: str, value: int) -> RunConfig:
-    """The recipe at another place of an axis of `AXES`."""
-    return RunConfig.model_validate(AXES[axis](config, value))
+    """The recipe at another place of an axis of `AXES`.
+
+    Raises:
+        ValueError: the recipe continues from a saved model, whose shape is given; or there is no such variant.
+    """
+    if config.model.init_from is not None:
+        raise ValueError(
+            f"model.init_from={config.model.init_from} is a model of one shape; variants start from new weights: remove it"
+        )
+    return parse_config(AXES[axis](config, value))
+
+
+def check_values(axis: str, values: tuple[int, ...], at_least: int) -> None:
+    """Raise a ValueError for places on an axis that cannot be, or fewer different ones than needed."""
+    if wrong := [value for value in values if value < 1]:
+        raise ValueError(f"--{OPTIONS[axis]} {wrong[0]} must be at least 1")
+    if len(set(values)) < max(at_least, len(values)):
+        needs = f"at least {at_least} different values" if at_least > 1 else "different values"
+        raise ValueError(f"--{OPTIONS[axis]} {','.join(map(str, values))} needs {needs}, such as {EXAMPLES[axis]}")

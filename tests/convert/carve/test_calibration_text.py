@@ -6,7 +6,7 @@ import pytest
 import torch
 from convert.carve.carve_case import generator
 
-from moe.convert.carve.text import choose_windows, read_text, split_text
+from moe.convert.carve.text import choose_text, choose_windows, read_text, split_text
 
 
 def test_windows_are_whole_different_and_chosen_by_the_seed() -> None:
@@ -28,6 +28,20 @@ def test_several_texts_share_evenly() -> None:
     texts = [list(range(100)), list(range(1000, 1100)), list(range(2000, 2100))]
     found = choose_windows(texts, 80, 10, generator())
     assert torch.bincount(found[:, 0] // 1000).tolist() == [3, 3, 2]
+
+
+def test_a_reserve_is_other_text_and_changes_nothing_else() -> None:
+    """In equal shares, as far as there is some."""
+    texts = [list(range(100)), list(range(1000, 1100))]
+    plain = choose_text(texts, 80, 10, generator())
+    assert plain.reserve_BL is None
+    for wanted, expected in ((40, [2, 2]), (50, [3, 3]), (10**6, [6, 6])):
+        found = choose_text(texts, 80, 10, generator(), wanted)
+        assert torch.equal(found.calibration_BL, plain.calibration_BL)
+        assert torch.bincount(found.reserve_BL[:, 0] // 1000).tolist() == expected
+        starts = torch.cat((found.calibration_BL, found.reserve_BL))[:, 0].tolist()
+        assert len(set(starts)) == len(starts)
+    assert choose_text([list(range(40))], 40, 10, generator(), 40).reserve_BL is None
 
 
 def test_short_text_and_bad_sizes() -> None:

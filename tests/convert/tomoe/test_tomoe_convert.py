@@ -76,6 +76,7 @@ def masked_logits(model: Any, plan: ExpertPlan, ids: Tensor) -> Tensor:
         ("qwen3", False, "moe"),
         ("llama", False, "mixtral"),
         ("llama", True, "glm4_moe"),
+        ("llama", False, "glm4_moe"),
         ("qwen3", False, "qwen3_moe"),
     ],
 )
@@ -101,6 +102,27 @@ def test_converted_model_is_the_masked_model(
     assert all((found > 0).sum() > 1 for found in counts)  # else nothing was routed
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["moe"]["expert_hidden"] == report.width == plan.width
+
+
+@pytest.mark.parametrize(
+    ("dtype", "bf16", "computed"),
+    [(torch.bfloat16, False, torch.float32), (torch.bfloat16, True, torch.bfloat16), (torch.float32, True, None)],
+)
+def test_a_half_precision_model_is_trained_on_in_fp32_unless_asked_not_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, bf16: bool, computed: torch.dtype | None
+) -> None:
+    source, model = dense_folder(tmp_path)
+    model.to(dtype).save_pretrained(source)
+    seen, train = [], convert.train_masks
+
+    def train_masks(model: Any, *rest: Any) -> TrainedMasks:
+        seen.append(model.dtype)
+        return train(model, *rest)
+
+    monkeypatch.setattr(convert, "train_masks", train_masks)
+    tomoe_convert(source, tmp_path / "out", windows(), options(steps=2, bf16=bf16))
+    assert seen == [computed or dtype]
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == dtype
 
 
 def test_trains_and_reports(tmp_path: Path) -> None:
@@ -199,7 +221,9 @@ def test_without_common_neurons_there_are_no_shared_experts() -> None:
     assert plan.stored_share == 1.0
 
 
-def test_mistakes_are_named(tmp_path: Path) -> None:
+def test_mistakes_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before any training."""
+    monkeypatch.setattr(convert, "train_masks", lambda *args: pytest.fail("it trains"))
     source, _ = dense_folder(tmp_path)
     with pytest.raises(ValueError, match="width_multiple=32"):
         plan_experts(random_masks(), 0.9, 32)
@@ -208,4 +232,8 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
         tomoe_convert(source, tmp_path / "taken", windows(), options())
     with pytest.raises(ValueError, match="--to 'nothing'"):
         tomoe_convert(source, tmp_path / "out", windows(), options(), to="nothing")
+    with pytest.raises(ValueError, match=r"active_share=0\.9 of 48 neurons.*width_multiple=32, are as wide"):
+        tomoe_convert(source, tmp_path / "out", windows(), options(active_share=0.9, width_multiple=32))
+    with pytest.raises(ValueError, match=r"does not fit mixtral: .*num_shared_experts=1"):
+        tomoe_convert(source, tmp_path / "out", windows(), options(), to="mixtral", shared=True)
     assert not (tmp_path / "out").exists()

@@ -145,15 +145,35 @@ def _replace_by_loop(model: LlamaForCausalLM, gated: GatedModel, masks_LEF: Tens
 
 
 def test_router_gradient_is_what_other_masks_would_change() -> None:
-    """d loss / d choice_j is the sum over neurons of d loss / d mask times mask_j, so unused experts count too."""
-    model = dense_model()
-    gated = GatedModel(model, EXPERTS)
+    """d loss / d choice_j is the sum over neurons of d loss / d mask times mask_j, so unused experts count too.
+
+    Then through the tempered softmax with the noise that was drawn, to the router.
+    """
+    gated = GatedModel(dense_model(), EXPERTS)
     masks_LEF = (torch.rand(LAYERS, EXPERTS, NEURONS, generator=generator()) > 0.4).float()
     gated.set_masks(masks_LEF)
     gated.set_noise(0.4, generator())
-    gated.logits(windows(1), on=True).square().mean().backward()
+    # What each gate sees, and how the loss depends on each token's mask.
+    inputs, masks = [], []
     for gate in gated.gates:
-        assert (gate.router.weight.grad.abs().sum(1) > 0).all()
+
+        def read(x: Tensor, read: Any = gate.read, gate: Any = gate) -> None:
+            read(x)
+            gate._mask.retain_grad()
+            inputs.append(x.detach().flatten(0, -2))
+            masks.append(gate._mask)
+
+        gate.read = read
+    gated.logits(windows(1), on=True).square().mean().backward()
+    noise = generator()  # of the layers in turn
+    for gate, x_TD, mask, masks_EF in zip(gated.gates, inputs, masks, masks_LEF, strict=True):
+        weight_ED = gate.router.weight.detach().clone().requires_grad_(True)
+        logits_TE = x_TD @ weight_ED.T
+        soft_TE = ((logits_TE + gumbel(logits_TE, noise)) / 0.4).softmax(-1)
+        by_choice_TE = torch.stack([(mask.grad.flatten(0, -2) * mask_F).sum(-1) for mask_F in masks_EF], dim=-1)
+        (soft_TE * by_choice_TE).sum().backward()
+        assert (weight_ED.grad.abs().sum(1) > 0).all()
+        torch.testing.assert_close(gate.router.weight.grad, weight_ED.grad, rtol=1e-3, atol=1e-7)
 
 
 def test_hypernetwork_ties_layers_together() -> None:

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from convert.upcycle.sources import load, logits, save_dense, tokens
@@ -55,3 +56,23 @@ def test_what_a_format_cannot_express_is_named_before_anything_is_written(tmp_pa
     shared = {"method": "virtual-group", "granularity": 3, "num_shared": 1}
     for options in (shared, {"renormalize": False}, {"layers": "0-1"}):
         assert "the model does not fit mixtral: " in refused(**options)
+
+
+@pytest.mark.parametrize(
+    ("to", "options", "advice"),
+    [
+        ("glm4_moe", {}, "its router takes the sigmoid; pass --score sigmoid"),
+        ("mixtral", {"score": "sigmoid"}, "its router has no bias; pass --score softmax"),
+        ("mixtral", {"score": "sigmoid", "layers": "0-1"}, "; pass --score softmax"),  # and has another problem
+        ("mixtral", {"layers": "0-1"}, None),
+        ("mixtrall", {}, None),
+    ],
+)
+def test_the_score_that_a_format_takes_is_told(
+    to: str, options: dict[str, Any], advice: str | None, tmp_path: Path
+) -> None:
+    source = save_dense(tmp_path / "dense")
+    with pytest.raises(ValueError) as caught:
+        upcycle([source], tmp_path / "moe", UpcycleOptions(**({"num_experts": 4} | options)), to=to)
+    assert ("--score" in str(caught.value)) == (advice is not None)
+    assert advice is None or str(caught.value).endswith(advice)

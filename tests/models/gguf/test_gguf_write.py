@@ -241,6 +241,28 @@ def test_nothing_is_left_of_a_file_that_was_not_finished(tmp_path: Path) -> None
         write_gguf(tmp_path / "model", tmp_path / "other.gguf", "int3")
 
 
+def test_a_file_gets_its_name_after_its_check(tmp_path: Path) -> None:
+    """The check sees the complete file under another name in the same folder; what it refuses is gone."""
+    save("mixtral", tmp_path / "model")
+    seen: list[Path] = []
+
+    def pass_it(file: Path) -> None:
+        assert file.parent == tmp_path and not (tmp_path / "model.gguf").exists()
+        seen.append(file)
+        check_contents(tmp_path / "model", file, "fp16")
+
+    def refuse(file: Path) -> None:
+        seen.append(file)
+        raise OSError("no memory")
+
+    with pytest.raises(OSError, match="no memory"):
+        write_gguf(tmp_path / "model", tmp_path / "model.gguf", check=refuse)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    written = write_gguf(tmp_path / "model", tmp_path / "model.gguf", check=pass_it)
+    assert len(seen) == 2 and written.path.is_file()
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "model.gguf"}
+
+
 @pytest.mark.parametrize(
     ("model", "problem"),
     [

@@ -1,0 +1,1 @@
+"""``quantize``: quality, ablations and exports of quantised MoE models; see `benchmarks.quantize.benchmark`."""
