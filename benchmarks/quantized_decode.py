@@ -1,9 +1,9 @@
 """``quantized-decode``: speed and memory of packed weights of 8 and 4 bits, beside the same model in bf16.
 
 - ``bank``: the routed experts of one layer, at the widths of a small and of two large models, for 1, 4, 16 and 512 tokens.
-- ``model``: SmolLM2-135M upcycled to 8 experts of its own width, 2 per token: tokens per second of reading 512 tokens (prefill) and
-  of 32 steps of greedy decoding (decode), at batch 1 and 4; the bytes of its weights; and the peak of memory of a process that loads
-  it and decodes, above the same process without a model. What the weights are does not matter here, so nothing is trained.
+- ``model``: SmolLM2-135M upcycled to 8 experts of its own width, 2 per token: tokens per second of reading 512 tokens (prefill)
+  and of 32 steps of greedy decoding (decode), at batch 1 and 4; the bytes of its weights; and the peak of memory of a process that
+  loads it and decodes, above the same process without a model. What the weights are does not matter, so nothing is trained.
 
 ``w8a16`` has a scale per row, ``w4a16`` one per 64 columns. Variants take turns in one process. On a GPU the quantised products are
 Triton kernels; without one there are no such rows.
@@ -15,8 +15,9 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -121,8 +122,17 @@ def make_models(out: Path, quick: bool, report: Callable[[str], None]) -> dict[s
     dense = out / "dense"
     if quick:
         torch.manual_seed(0)
-        sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
-        LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=96, initializer_range=0.1)).bfloat16().save_pretrained(dense)
+        tiny: Any = LlamaForCausalLM(
+            LlamaConfig(
+                hidden_size=64,
+                intermediate_size=128,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                vocab_size=96,
+                initializer_range=0.1,
+            )
+        )
+        tiny.bfloat16().save_pretrained(dense)
     else:
         write_demo(dense, "bf16")
     folders = {PLAIN: out / PLAIN}
@@ -144,13 +154,9 @@ def bank_rows(size: Size, options: Options) -> Iterator[Row]:
             for num_tokens in size.tokens:
                 options.report(f"{device}, {shape.name}, {num_tokens} tokens")
                 x_TD, routing = make_input(shape, num_tokens, device)
-                calls = max(512 // num_tokens, 1) // (16 if options.quick else 1) or 1  # long enough for the clock
-
-                def run(bank: nn.Module, x_TD: Tensor = x_TD, routing: Routing = routing, calls: int = calls) -> None:
-                    for _ in range(calls):
-                        bank(x_TD, routing)
-
-                times = timed({name: lambda bank=bank: run(bank) for name, bank in banks.items()}, device, options)
+                calls = 2 if options.quick else max(512 // num_tokens, 1)  # long enough for the clock
+                functions = {name: partial(_run_bank, bank, x_TD, routing, calls) for name, bank in banks.items()}
+                times = timed(functions, device, options)
                 sizes = {name: _bank_bytes(bank) / 1e6 for name, bank in banks.items()}
                 case = f"{shape.name} T={num_tokens}"
                 yield from rows_of("bank", device, case, times, calls * num_tokens, {"weights_mb": sizes})
@@ -166,18 +172,27 @@ def model_rows(size: Size, options: Options) -> Iterator[Row]:
             for batch in size.batches:
                 options.report(f"{device}, batch {batch}")
                 ids_BL = torch.arange(batch * size.prompt).view(batch, -1).remainder(90).add(2).to(device)
-                phases: dict[str, tuple[Callable[[Any], object], int]] = {
-                    "prefill": (lambda model, ids_BL=ids_BL: model(ids_BL, logits_to_keep=1), ids_BL.numel()),
-                    "decode": (
-                        lambda model, ids_BL=ids_BL: decode(model, ids_BL[:, :1], size.steps),
-                        batch * size.steps,
-                    ),
+                phases: dict[str, tuple[Callable[..., object], int]] = {
+                    "prefill": (partial(_read, ids_BL), ids_BL.numel()),
+                    "decode": (partial(_write, ids_BL[:, :1], size.steps), batch * size.steps),
                 }
                 for phase, (run, num_tokens) in phases.items():
-                    functions = {name: lambda run=run, model=model: run(model) for name, model in models.items()}
-                    times = timed(functions, device, options)
+                    times = timed({name: partial(run, model) for name, model in models.items()}, device, options)
                     case = f"SmolLM2-135M, 8 experts, batch {batch}, {phase}"
                     yield from rows_of("model", device, case, times, num_tokens, memory_columns(memory))
+
+
+def _run_bank(bank: nn.Module, x_TD: Tensor, routing: Routing, calls: int) -> None:
+    for _ in range(calls):
+        bank(x_TD, routing)
+
+
+def _read(ids_BL: Tensor, model: Any) -> None:
+    model(ids_BL, logits_to_keep=1)
+
+
+def _write(ids_BL: Tensor, steps: int, model: Any) -> None:
+    decode(model, ids_BL, steps)
 
 
 def measure_memory(folder: Path, device: str) -> dict[str, float]:
@@ -196,11 +211,15 @@ def memory_columns(memory: dict[str, dict[str, float]]) -> dict[str, dict[str, f
     return {column: {variant: found[column] for variant, found in memory.items()} for column in columns}
 
 
-def timed(functions: dict[str, Callable[[], object]], device: str, options: Options) -> dict[str, Timing]:
+def timed(functions: Mapping[str, Callable[[], object]], device: str, options: Options) -> dict[str, Timing]:
     """In turns, without gradients."""
-    synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
     with torch.inference_mode():
-        return in_turns(functions, options.repeats, options.wait_s, synchronize=synchronize)
+        return in_turns(
+            functions,
+            options.repeats,
+            options.wait_s,
+            synchronize=torch.cuda.synchronize if device == "cuda" else lambda: None,
+        )
 
 
 def rows_of(

@@ -233,9 +233,7 @@ def for_cpu(weight: QuantizedWeight) -> CpuWeight | None:
     return None
 
 
-def expert_ffn_quantized(
-    x_TD: Tensor, routing: Routing, up: Multiplier, down: Multiplier, activation: str
-) -> Tensor:
+def expert_ffn_quantized(x_TD: Tensor, routing: Routing, up: Multiplier, down: Multiplier, activation: str) -> Tensor:
     """`quantized.expert_ffn_quantized` with the sum over experts, and threads for many rows, of `grouped.expert_ffn`."""
     order = sort_by_expert(routing)
     exact = torch.promote_types(x_TD.dtype, torch.float32)

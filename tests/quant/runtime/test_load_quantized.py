@@ -124,13 +124,24 @@ def test_folders_that_do_not_run_packed(tmp_path: Path) -> None:
         load_quantized(tmp_path / "source")
 
 
-@pytest.mark.parametrize("gone", ["model.norm.weight", "model.layers.1.input_layernorm.weight"])
-def test_a_folder_that_lacks_a_weight(gone: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = make_folder(tmp_path, "mixtral", "w8a16", COMPRESSED_TENSORS)
+@pytest.mark.parametrize(
+    ("gone", "container"),
+    [
+        ("model.norm.weight", COMPRESSED_TENSORS),
+        ("model.layers.1.input_layernorm.weight", COMPRESSED_TENSORS),
+        ("model.layers.1.mlp.router.bias_E", SIMULATED),
+    ],
+)
+def test_a_folder_that_lacks_a_weight(
+    gone: str, container: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_folder(tmp_path, "glm4_moe", "w8a16", container)
     monkeypatch.setattr(
         ModelFolder, "names", property(lambda self: [name for name in self._files if name != gone]), raising=True
     )
-    with pytest.raises(ValueError, match=rf"does not fit its config: .*{gone.split('.')[-2]}.weight.* is missing"):
+    with pytest.raises(
+        ValueError, match=rf"does not fit its config: .*{gone.removeprefix('model.layers.1.')}.* is missing"
+    ):
         load_quantized(folder)
 
 
@@ -142,9 +153,11 @@ def test_opened_as_it_can_run(tmp_path: Path) -> None:
     assert opened is not None
     assert "w8a16: packed weights, activations in torch.bfloat16" in opened.note
     simulated = make_folder(tmp_path / "simulated", "mixtral", "w8a8", COMPRESSED_TENSORS)
+    (simulated / "generation_config.json").write_text(json.dumps({"eos_token_id": 7}))
     opened = open_quantized(str(simulated), "cpu")
     assert opened is not None
     assert "w8a8: simulated" in opened.note
+    assert opened.model.generation_config.eos_token_id == 7
     assert torch.equal(logits(opened.model), logits(load_simulated(simulated)))
     with pytest.raises(ValueError, match="simulated in fp32; leave --dtype out"):
         open_quantized(str(simulated), "cpu", torch.bfloat16)

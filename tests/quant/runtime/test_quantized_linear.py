@@ -10,7 +10,13 @@ from moe.kernels import ops
 from moe.kernels.quantized import dequantize, quantize_weight
 from moe.quant.runtime import QuantizedLinear
 
-WEIGHTS = [("w4a16", 32, True), ("w4a16", None, False), ("w8a16", None, True), ("w8a16", 32, False), ("fp8", None, True)]
+WEIGHTS = [
+    ("w4a16", 32, True),
+    ("w4a16", None, False),
+    ("w8a16", None, True),
+    ("w8a16", 32, False),
+    ("fp8", None, True),
+]
 
 
 def linears(
