@@ -20,7 +20,7 @@ def quantize(
     method: Annotated[
         str,
         typer.Option(
-            help="A rounding (rtn, gptq), a scaling (smoothquant, awq, eaquant), or both, as in eaquant+gptq."
+            help="A rounding (rtn, clip, gptq), a scaling (smoothquant, awq, eaquant), or both, as in eaquant+gptq."
         ),
     ] = "gptq",
     calibration: Annotated[
@@ -47,6 +47,9 @@ def quantize(
     ] = None,
     affinity: Annotated[
         bool, typer.Option("--affinity", help="gptq: tokens count by their weight in an expert (MoEQuant).")
+    ] = False,
+    refit_router: Annotated[
+        bool, typer.Option("--refit-router", help="Fit gates to what they see in the quantized model.")
     ] = False,
     evaluate: Annotated[
         Path | None,
@@ -94,6 +97,7 @@ def quantize(
         balance=chosen.balance if balance is None else balance,
         align_router=chosen.align_router,
         affinity=affinity,
+        refit_router=refit_router,
         seed=seed,
     )
     plan = make_plan(ModelFolder(source), options, to, container)
@@ -150,7 +154,7 @@ def _read_text(plan: Any, files: list[Path], tokens: int, window: int, evaluate:
     if files:
         reserve = int(options.balance * tokens)
         return read_windows(folder, files, tokens, window, evaluate, eval_windows, options.seed, reserve)
-    if options.scaling is not None or options.rounding != "rtn":
+    if options.scaling is not None or options.rounding != "rtn" or options.refit_router:
         raise ValueError("--calibration is not given; this method needs text: name a file, or use --method rtn")
     # Round-to-nearest looks at no text; errors are measured on a short one of our own.
     calibration_BL = text_windows(folder)
@@ -190,7 +194,8 @@ def _flags(values: dict[str, Any]) -> list[str]:
             words += [f"--{name.replace('_', '-')}", str(values[name])]
     if values["evaluate"] is not None:  # decides which part of a file calibrates
         words += ["--eval", str(values["evaluate"])]
-    return [*words, *(["--affinity"] if values["affinity"] else [])]
+    switches = {"--affinity": values["affinity"], "--refit-router": values["refit_router"]}
+    return [*words, *(word for word, is_on in switches.items() if is_on)]
 
 
 def _verify(folder: Path) -> dict[str, Any]:

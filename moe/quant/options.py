@@ -25,6 +25,8 @@ class QuantOptions:
             (EAQuant, arXiv 2506.13329: 2); 0 takes the tokens that the router sends it.
         align_router: choose the router's rounding so that the distribution over the top experts stays (EAQuant).
         affinity: weight a token by its combine weight in an expert's Hessian (MoEQuant, arXiv 2505.03804).
+        refit_router: fit each gate to the inputs that it sees in the quantised model (`moe.quant.refit`); else servers' routers
+            stay as they are.
         seed: of the choice of calibration text.
     """
 
@@ -35,6 +37,7 @@ class QuantOptions:
     balance: float = 0.0
     align_router: bool = False
     affinity: bool = False
+    refit_router: bool = False
     seed: int = 0
 
     def resolved(self) -> Scheme:

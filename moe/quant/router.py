@@ -4,8 +4,9 @@ The router's weights get one asymmetric grid per expert whose range is clipped b
 
     |x W - x Q(W)|^2 + sum over the m largest of p of p ln(p / q),  m = K + floor(alpha (E - K)),
 
-per token, where p and q are the router's probabilities before and after (Fu et al., arXiv 2506.13329). alpha is 0, as in the
-released code, which leaves the first term out by default. The second is no divergence: it may be negative.
+per token, where p and q are the router's probabilities before and after (Fu et al., arXiv 2506.13329). The released code has
+alpha 0 and leaves the first term out. Then the sum is no divergence but may be negative, and on a carved SmolLM2 it chose ranges
+that kept fewer of a token's experts than the whole range did; so alpha is 1 here, and all experts count.
 
 Servers keep routers as they are: only the simulated schemes, whose papers round everything, round them.
 
@@ -28,7 +29,7 @@ from moe.types import Routing
 
 GRID = IntGrid(bits=8, symmetric=False)
 CLIPS = tuple(0.35 + 0.65 * step / 100 for step in range(101))
-ALPHA = 0.0  # of the experts beyond the K best, the share that counts in the divergence
+ALPHA = 1.0  # of the experts beyond the K best, the share that counts in the divergence
 _MOST_ROWS = 4096
 
 

@@ -25,6 +25,11 @@ class Scheme:
     containers: tuple[str, ...] = (COMPRESSED_TENSORS,)
     group_sizes: tuple[int, ...] = ()
 
+    @property
+    def rounds_router(self) -> bool:
+        """Whether routers are rounded too, to 8 bits (`moe.quant.router`): where no server keeps them as they are."""
+        return self.containers == (SIMULATED,)
+
     def with_group_size(self, group_size: int) -> "Scheme":
         """The scheme with other groups of weights; 0 is a scale per row.
 

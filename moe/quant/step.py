@@ -17,7 +17,7 @@ from moe.quant.options import QuantOptions
 from moe.quant.report import ErrorMeter, MatrixReport
 from moe.quant.rounded import RoundedLayer
 from moe.quant.rounding import ROUNDERS
-from moe.quant.router import align_router
+from moe.quant.router import CLIPS, align_router
 from moe.quant.scaling import scale_layer
 from moe.quant.schemes import Scheme
 
@@ -48,7 +48,6 @@ def quantize_layer(
     dtypes: Mapping[str, torch.dtype],
     stored: torch.dtype,
     scale_dtype: torch.dtype,
-    round_router: bool,
     done: Callable[[str], None] = lambda name: None,
 ) -> Step:
     """Quantise a layer; its weights become those that the codes stand for.
@@ -61,15 +60,12 @@ def quantize_layer(
         dtypes: of the checkpoint's tensors, by their names below the layer.
         stored: of most of them.
         scale_dtype: of scales.
-        round_router: align the router and round it, where ``options`` say so; servers keep it as it is.
         done: called with the name of each matrix, or stack of experts, that is rounded.
     """
-    rounds_router, notes = round_router and options.align_router, []
+    notes: list[str] = []
     if options.scaling is not None:
-        notes = scale_layer(module, inputs, options.scaling, scheme, stored, rounds_router=rounds_router)
-    if rounds_router and (aligned := align_router(module, inputs)) is not None:
-        # Products of codes and scales have more digits than bf16.
-        dtypes = dict(dtypes) | dict.fromkeys(aligned.rounded, torch.float32)
+        notes = scale_layer(module, inputs, options.scaling, scheme, stored, rounds_router=scheme.rounds_router)
+    dtypes = dict(dtypes) | round_router(module, inputs, options, scheme)
     rounded: dict[str, Rounded] = {}
     reports = []
     rounder = ROUNDERS[options.rounding]
@@ -93,6 +89,16 @@ def quantize_layer(
         done(name)
     rest = {name: tensor.to("cpu", dtypes[name]) for name, tensor in module.state_dict().items() if name not in rounded}
     return Step(layer=RoundedLayer(rounded=rounded, rest=rest), matrices=reports, notes=notes)
+
+
+def round_router(
+    module: nn.Module, inputs: LayerInputs, options: QuantOptions, scheme: Scheme
+) -> dict[str, torch.dtype]:
+    """Round the router in place where the scheme does; gives the dtypes in which its weights have to be stored then."""
+    clips = CLIPS if options.align_router else (1.0,)
+    made = align_router(module, inputs, clips) if scheme.rounds_router else None
+    # Products of codes and scales have more digits than bf16.
+    return {} if made is None else dict.fromkeys(made.rounded, torch.float32)
 
 
 def weights_of(layer: RoundedLayer) -> dict[str, Tensor]:

@@ -21,20 +21,21 @@ def router_of(case: LayerCase) -> TopKRouter:
     return moe.router
 
 
-def loss(router: nn.Module, before: Routing, x_TD: torch.Tensor) -> float:
+def loss(router: nn.Module, before: Routing, x_TD: torch.Tensor, num_counted: int) -> float:
     """Both terms, written out token by token."""
     after = router(x_TD)
     total = 0.0
     for token in range(len(x_TD)):
         total += float((after.logits_TE[token] - before.logits_TE[token]).square().sum())
         p_E, q_E = before.probs_TE[token], after.probs_TE[token]
-        for expert in p_E.argsort(descending=True)[:2].tolist():
+        for expert in p_E.argsort(descending=True)[:num_counted].tolist():
             total += float(p_E[expert]) * math.log(float(p_E[expert]) / float(q_E[expert]))
     return total / len(x_TD)
 
 
+@pytest.mark.parametrize("alpha", [0.0, 1.0])
 @pytest.mark.parametrize("name", OPTIONS)
-def test_the_best_of_all_ratios_is_chosen(name: str) -> None:
+def test_the_best_of_all_ratios_is_chosen(name: str, alpha: float) -> None:
     case = make_case("llama", router=OPTIONS[name])
     router, x_TD = router_of(case), case.inputs.ffn_TD
     assert x_TD is not None
@@ -42,13 +43,14 @@ def test_the_best_of_all_ratios_is_chosen(name: str) -> None:
     router.weight.data[:, 3], router.weight.data[:, 4] = 12, -12
     x_TD[:, 3:5] *= 0.001
     weight_ED, before = router.weight.data.clone(), router(x_TD)
-    found = align_router(case.layer, case.inputs, clips=CLIPS[::10])
+    found = align_router(case.layer, case.inputs, clips=CLIPS[::10], alpha=alpha)
     assert found is not None
+    num_counted = 2 + int(alpha * (router.num_experts - 2))
     losses = {}
     kept = router.weight.data.clone()
     for clip in CLIPS[::10]:
         router.weight.data.copy_(GRID.round(weight_ED, GRID.scales(weight_ED, clip=clip)).dequantize())
-        losses[clip] = loss(router, before, x_TD)
+        losses[clip] = loss(router, before, x_TD, num_counted)
     best = min(losses, key=lambda clip: losses[clip])
     assert found.clip == best < 1
     assert math.isclose(found.error + found.divergence, losses[best], rel_tol=1e-3, abs_tol=1e-6)

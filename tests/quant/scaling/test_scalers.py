@@ -47,13 +47,21 @@ def test_smoothquant_is_over_all_tokens_and_quantized_weights() -> None:
 def test_eaquant_takes_the_largest_term() -> None:
     experts = [reader(2), reader(3), reader(4, num_rows=0)]
     router, gate = reader(5, is_quantized=False, is_rounded_router=True), reader(6, is_quantized=False)
-    terms = [term(one, 0.6) for one in (*experts[:2], router)]
+    terms = [one_Q / one_Q.log().mean().exp() for one_Q in (term(one, 0.6) for one in (*experts[:2], router))]
     expected_Q = torch.stack(terms).amax(0)
     torch.testing.assert_close(chosen(eaquant.scale, site("moe", [router, gate, *experts])), expected_Q)
     assert not torch.allclose(expected_Q, torch.stack(terms[:2]).amax(0))
     kept = reader(5, is_quantized=False)
     without_Q = chosen(eaquant.scale, site("moe", [kept, gate, *experts]))
     torch.testing.assert_close(without_Q, torch.stack(terms[:2]).amax(0))
+
+
+def test_a_reader_of_small_weights_does_not_decide_alone() -> None:
+    """A carved model's gate has weights of 1e-3 as a whole."""
+    experts, router = [reader(2), reader(3)], reader(5, is_quantized=False, is_rounded_router=True)
+    before_Q = chosen(eaquant.scale, site("moe", [router, *experts]))
+    router.weight_PQ.mul_(2.0**-10)
+    torch.testing.assert_close(chosen(eaquant.scale, site("moe", [router, *experts])), before_Q)
 
 
 def test_eaquant_of_a_dense_group_is_one_matrix() -> None:
