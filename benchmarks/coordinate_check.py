@@ -108,8 +108,8 @@ def _rows(result: CheckResult, part: str) -> list[Row]:
         {
             "part": part,
             "parametrization": result.parametrization,
-            "module": "all, all steps",
-            "quantity": f"{part} {min(result.options.values)} to {max(result.options.values)}",
+            "module": "all",
+            "quantity": f"all steps, {part} {min(result.options.values)} to {max(result.options.values)}",
             "change": round(max(verdict.change for verdict in judged), 3),
             "judged": len(judged),
             "ok": len(judged) - len(result.failed),

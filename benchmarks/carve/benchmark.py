@@ -9,7 +9,6 @@ on where it was. ``seconds`` are of all layers, calibration apart.
 Part ``cost``: one layer, 16k tokens, each method in a process of its own, and the steps of CMoE's released code for comparison.
 """
 
-import json
 import tempfile
 from pathlib import Path
 
@@ -21,7 +20,8 @@ from transformers.utils import logging as hf_logging
 from benchmarks.carve import cost, released
 from benchmarks.carve.cells import CALIBRATIONS, FULL, IN_DOMAIN, OUT_OF_DOMAIN, QUICK, TEXT, Cell, Size, cells
 from benchmarks.carve.quality import Evaluation, Texts, carve_together, ffn_parameters, released_windows, row_of
-from benchmarks.record import RESULTS, environment
+from benchmarks.finished import Finished
+from benchmarks.record import RESULTS
 from benchmarks.spec import Benchmark, Check, Options, Row
 from moe.convert.carve import CARVERS, cmoe
 from moe.convert.carve.calibrate import CalibrationWalk
@@ -119,27 +119,7 @@ def _texts(folder: Path, size: Size, quick: bool) -> Texts:
     )
 
 
-class _Finished:
-    """Rows of finished cells by key, in a file that goes when all are done."""
-
-    def __init__(self, path: Path | None) -> None:
-        self.path = path
-        self.rows: dict[str, Row] = {}
-        self._commit = environment()["commit"]
-        if path is not None and path.exists():
-            for line in path.read_text().splitlines():
-                entry = json.loads(line)
-                if entry["commit"] == self._commit:
-                    self.rows[entry["key"]] = entry["row"]
-
-    def add(self, key: str, row: Row) -> None:
-        self.rows[key] = row
-        if self.path is not None:
-            with self.path.open("a") as file:
-                file.write(json.dumps({"commit": self._commit, "key": key, "row": row}) + "\n")
-
-
-def _quality(source: ModelFolder, options: Options, finished: _Finished) -> list[Row]:
+def _quality(source: ModelFolder, options: Options, finished: Finished) -> list[Row]:
     size = QUICK if options.quick else FULL
     texts = _texts(source.path, size, options.quick)
     wanted = cells(options.quick)
@@ -196,9 +176,9 @@ def run(options: Options) -> list[Row]:
             rows += _cost(source, options, folder)
         if options.part in (None, "quality"):
             partial = None if options.quick else RESULTS / "carve.partial.jsonl"
-            rows += _quality(source, options, _Finished(partial))
-            if partial is not None:
-                partial.unlink(missing_ok=True)
+            finished = Finished(partial)
+            rows += _quality(source, options, finished)
+            finished.remove()
     return rows
 
 
