@@ -41,7 +41,7 @@ def test_quality_rows(tmp_path: Path) -> None:
     from moe.models.folder import ModelFolder
 
     source = ModelFolder(benchmark.tiny_model(tmp_path / "dense"))
-    finished = benchmark._Finished(tmp_path / "partial.jsonl")
+    finished = benchmark.Finished(tmp_path / "partial.jsonl")
     rows = benchmark._quality(source, QUICK, finished)
     assert all(row.keys() <= {*ENVIRONMENT, *benchmark.COLUMNS} for row in rows)
     assert [row["method"] for row in rows] == ["dense", *(cell.label for cell in cells(quick=True))]
@@ -54,7 +54,7 @@ def test_quality_rows(tmp_path: Path) -> None:
     )
     reports: list[str] = []
     again = benchmark._quality(
-        source, Options(quick=True, report=reports.append), benchmark._Finished(tmp_path / "partial.jsonl")
+        source, Options(quick=True, report=reports.append), benchmark.Finished(tmp_path / "partial.jsonl")
     )
     assert again == rows
     assert not any("carved layer" in line for line in reports), "finished cells were carved again"
