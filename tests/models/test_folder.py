@@ -101,6 +101,7 @@ def test_a_failed_check_leaves_nothing_and_sees_everything(tmp_path: Path) -> No
 
 
 def write_for_ever(out: Path, progress: Connection) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests were started in the background
     with FolderWriter(out, shard_bytes=1000) as writer:
         for number in range(10**9):
             writer.add(str(number), torch.zeros(100))
