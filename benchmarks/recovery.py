@@ -31,7 +31,6 @@ from benchmarks.spec import Benchmark, Check, Options, Row
 from moe.convert.carve import CARVERS
 from moe.convert.carve.options import CarveOptions
 from moe.convert.carve.run import carve
-from moe.convert.carve.text import choose_windows, read_text, split_text, tokenize
 from moe.convert.carve.types import CarveShape
 from moe.convert.demo import write_demo
 from moe.convert.recover import RecoverOptions, Recovery
@@ -39,6 +38,7 @@ from moe.convert.tomoe import ToMoEOptions
 from moe.convert.tomoe.convert import write_experts
 from moe.convert.tomoe.experts import ExpertPlan, plan_experts
 from moe.convert.tomoe.training import MaskTraining, batches
+from moe.models.calibration_text import choose_windows, read_text, split_text, tokenize
 from moe.models.evaluate import cut_windows, perplexity
 from moe.models.folder import ModelFolder
 

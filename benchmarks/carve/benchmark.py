@@ -28,10 +28,10 @@ from moe.convert.carve.calibrate import CalibrationWalk
 from moe.convert.carve.neurons import output
 from moe.convert.carve.options import CarveOptions
 from moe.convert.carve.run import carve, in_fp32
-from moe.convert.carve.text import choose_windows, read_text, split_text, tokenize
 from moe.convert.carve.types import CarveShape, Carving, LayerInputs
 from moe.convert.demo import write_demo
 from moe.convert.dense import DenseFFN, read_ffn
+from moe.models.calibration_text import choose_windows, read_text, split_text, tokenize
 from moe.models.evaluate import cut_windows
 from moe.models.folder import ModelFolder
 

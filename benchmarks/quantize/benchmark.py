@@ -42,7 +42,7 @@ from benchmarks.quantize.size import megabytes
 from benchmarks.record import RESULTS
 from benchmarks.routers.protocol import run_all
 from benchmarks.spec import Benchmark, Check, Options, Row
-from moe.convert.carve.text import read_text, split_text, tokenize
+from moe.models.calibration_text import read_text, split_text, tokenize
 from moe.models.compare import load_folder
 from moe.models.evaluate import cut_windows
 from moe.models.folder import ModelFolder

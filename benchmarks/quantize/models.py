@@ -26,12 +26,12 @@ from transformers.utils import logging as hf_logging
 from benchmarks.carve.cells import IN_DOMAIN, TEXT
 from moe.convert.carve.options import CarveOptions
 from moe.convert.carve.run import carve
-from moe.convert.carve.text import choose_windows, read_text, split_text, tokenize
 from moe.convert.carve.types import CarveShape
 from moe.convert.demo import write_demo
 from moe.convert.recover import Point, RecoverOptions, recover_folder
 from moe.convert.upcycle import UpcycleOptions
 from moe.convert.upcycle.run import upcycle
+from moe.models.calibration_text import choose_windows, read_text, split_text, tokenize
 from moe.models.evaluate import cut_windows, perplexity_of
 from moe.models.folder import ModelFolder
 

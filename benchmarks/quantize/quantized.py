@@ -15,7 +15,7 @@ from benchmarks.quantize.evaluate import Reference
 from benchmarks.quantize.size import megabytes
 from benchmarks.quantize.starve import restore_routing, write_starved
 from benchmarks.spec import Row
-from moe.convert.carve.text import choose_windows
+from moe.models.calibration_text import choose_windows
 from moe.models.folder import ModelFolder
 from moe.quant.load import load_simulated
 from moe.quant.options import QuantOptions

@@ -63,9 +63,9 @@ def carve(
     from moe.convert.carve.recovered import carve_and_recover
     from moe.convert.carve.run import LayerReport, carved_config, check_format
     from moe.convert.carve.run import carve as run
-    from moe.convert.carve.text import read_windows
     from moe.convert.carve.types import CarveShape
     from moe.convert.recover import Point, RecoverOptions
+    from moe.models.calibration_text import read_windows
     from moe.models.folder import ModelFolder
 
     hf_logging.disable_progress_bar()

@@ -146,7 +146,7 @@ def _read_text(plan: Any, files: list[Path], tokens: int, window: int, evaluate:
     """Calibration text, its reserve, and evaluation text."""
     from transformers import AutoTokenizer
 
-    from moe.convert.carve.text import CarveText, read_text, read_windows, tokenize
+    from moe.models.calibration_text import CalibrationWindows, read_text, read_windows, tokenize
     from moe.models.evaluate import cut_windows
     from moe.models.verify import text_windows
 
@@ -159,9 +159,9 @@ def _read_text(plan: Any, files: list[Path], tokens: int, window: int, evaluate:
     # Round-to-nearest looks at no text; errors are measured on a short one of our own.
     calibration_BL = text_windows(folder)
     if evaluate is None:
-        return CarveText(calibration_BL=calibration_BL, evaluation_BL=None)
+        return CalibrationWindows(calibration_BL=calibration_BL, evaluation_BL=None)
     ids = tokenize(AutoTokenizer.from_pretrained(folder, trust_remote_code=False), read_text(evaluate))
-    return CarveText(calibration_BL=calibration_BL, evaluation_BL=cut_windows(ids, window, eval_windows))
+    return CalibrationWindows(calibration_BL=calibration_BL, evaluation_BL=cut_windows(ids, window, eval_windows))
 
 
 def _run(plan: Any, out: Path, text: Any, how: dict[str, Any], **callbacks: Any) -> Any:

@@ -50,8 +50,8 @@ def recover(
     from transformers import AutoTokenizer
     from transformers.utils import logging as hf_logging
 
-    from moe.convert.carve.text import read_text, split_text, tokenize
     from moe.convert.recover import Point, RecoverOptions, recover_folder
+    from moe.models.calibration_text import read_text, split_text, tokenize
     from moe.models.evaluate import cut_windows
     from moe.models.folder import ModelFolder
     from moe.train.progress import TrainProgress

@@ -45,8 +45,8 @@ def tomoe(
     """
     from transformers.utils import logging as hf_logging
 
-    from moe.convert.carve.text import read_windows
     from moe.convert.tomoe import ToMoEOptions, report_lines, tomoe_convert
+    from moe.models.calibration_text import read_windows
     from moe.models.folder import ModelFolder
     from moe.train.progress import TrainProgress
 

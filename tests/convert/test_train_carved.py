@@ -11,9 +11,9 @@ from helpers.runs import Planned, losses, run_many, weights, write_recipe
 
 from moe.convert.carve.options import CarveOptions
 from moe.convert.carve.run import carve
-from moe.convert.carve.text import read_windows
 from moe.convert.carve.types import CarveShape
 from moe.convert.tomoe import ToMoEOptions, tomoe_convert
+from moe.models.calibration_text import read_windows
 from moe.models.folder import ModelFolder
 
 STEPS = 3

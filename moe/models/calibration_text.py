@@ -19,7 +19,7 @@ CALIBRATION_SHARE = 0.8
 
 
 @dataclass(frozen=True, kw_only=True)
-class CarveText:
+class CalibrationWindows:
     """Token ids in windows, (B, L) int64 each.
 
     Attributes:
@@ -42,7 +42,7 @@ def read_windows(
     eval_windows: int | None = None,
     seed: int = 0,
     reserve_tokens: int = 0,
-) -> CarveText:
+) -> CalibrationWindows:
     """Calibration and evaluation windows from text files.
 
     Args:
@@ -104,7 +104,7 @@ def choose_windows(texts_ids: Sequence[list[int]], num_tokens: int, window: int,
 
 def choose_text(
     texts_ids: Sequence[list[int]], num_tokens: int, window: int, generator: torch.Generator, reserve_tokens: int = 0
-) -> CarveText:
+) -> CalibrationWindows:
     """Calibration windows, B * L = ``num_tokens``, as many of each text as of the others, or one more; and a reserve.
 
     Args:
@@ -139,7 +139,7 @@ def choose_text(
         chosen.append(windows_BL[order_B[:share].sort().values])
         reserve.append(windows_BL[order_B[share : share + reserve_share].sort().values])
     reserve_BL = torch.cat(reserve)
-    return CarveText(
+    return CalibrationWindows(
         calibration_BL=torch.cat(chosen),
         evaluation_BL=None,
         reserve_BL=reserve_BL if len(reserve_BL) else None,

@@ -6,7 +6,7 @@ import pytest
 import torch
 from convert.carve.carve_case import generator
 
-from moe.convert.carve.text import choose_text, choose_windows, read_text, split_text
+from moe.models.calibration_text import choose_text, choose_windows, read_text, split_text
 
 
 def test_windows_are_whole_different_and_chosen_by_the_seed() -> None:
