@@ -46,8 +46,10 @@ from moe.models.calibration_text import read_text, split_text, tokenize
 from moe.models.compare import load_folder
 from moe.models.evaluate import cut_windows
 from moe.models.folder import ModelFolder
-from moe.quant.layer import matrices
+from moe.quant.layer import matrices, moe_of
 from moe.quant.load import load_simulated
+from moe.quant.router import GRID as ROUTER_GRID
+from moe.quant.scaling.find import router_matrices
 from moe.quant.schemes import Scheme
 from moe.quant.simulate import quantize_activations
 
@@ -199,8 +201,11 @@ def gate(options: Options) -> list[Check]:
 
 @torch.no_grad()
 def round_in_memory(model: Any, scheme: Scheme) -> None:
-    """Round the weights of every layer to nearest, in place, and let it round its activations."""
+    """Round the weights of every layer to nearest, the router's where the scheme does, and let it round its activations."""
     for layer in model.model.layers:
+        if scheme.rounds_router and (moe := moe_of(layer)) is not None:
+            for weight in router_matrices(moe.router).values():
+                weight.data.copy_(ROUTER_GRID.nearest(weight.data).dequantize())
         for matrix in matrices(layer):
             matrix.weight_PQ.copy_(scheme.weights.nearest(matrix.weight_PQ, torch.bfloat16).dequantize())
         quantize_activations(layer, scheme.activations)

@@ -130,9 +130,11 @@ def choose_text(
     for index, ids in enumerate(texts_ids):
         share = num_windows // len(texts_ids) + (index < num_windows % len(texts_ids))
         if len(ids) < share * window:
+            most = len(ids) // window * window * len(texts_ids)
+            fix = f"--tokens {most} at most" if most else f"--window {len(ids)} at most"
             raise ValueError(
                 f"calibration text {index + 1} has {len(ids)} tokens, and {share * window} of it are wanted; give more "
-                f"text or --tokens {len(ids) // window * window * len(texts_ids)} at most"
+                f"text or {fix}"
             )
         windows_BL = cut_windows(ids, window, None)
         order_B = torch.randperm(len(windows_BL), generator=generator)
