@@ -15,24 +15,31 @@ FEW_TOKENS = 0.01  # a starved expert's share of the calibration tokens stays be
 TEXTS = (IN_DOMAIN, OUT_OF_DOMAIN)
 
 METHODS = ("rtn", "smoothquant", "awq", "gptq", "eaquant", "eaquant+gptq")  # as `moe quantize --method`
+# After a method's name and a comma: options of ours on top of it.
+EXTRAS: dict[str, dict[str, Any]] = {
+    "": {},
+    "rotated": {"rotate": True},
+    "gates refitted": {"refit_router": True},
+}
+_SIMULATED = (*METHODS, "gptq, rotated", "eaquant+gptq, rotated")
 _WEIGHTS_ONLY = ("rtn", "awq", "gptq", "eaquant", "eaquant+gptq")
 # Methods that have something to do for a scheme: smoothing moves outliers of activations, which some schemes leave as they are.
 QUALITY: dict[str, tuple[str, ...]] = {
     "w8a16": ("rtn", "gptq"),
-    "w4a16": _WEIGHTS_ONLY,
+    "w4a16": (*_WEIGHTS_ONLY, "awq+gptq", "gptq, gates refitted"),
     "w3a16": _WEIGHTS_ONLY,
     "w8a8": ("rtn", "smoothquant", "gptq", "eaquant"),
     "w4a8": METHODS,
-    "w4a4": METHODS,
-    "w3a4": METHODS,
+    "w4a4": _SIMULATED,
+    "w3a4": _SIMULATED,
     "fp8": ("rtn", "smoothquant", "eaquant"),
     "mxfp4": _WEIGHTS_ONLY,
 }
 QUALITY_UPCYCLED: dict[str, tuple[str, ...]] = {
     "w8a8": ("rtn", "eaquant"),
     "w4a16": ("rtn", "gptq", "eaquant+gptq"),
-    "w4a4": METHODS,
-    "w3a4": METHODS,
+    "w4a4": _SIMULATED,
+    "w3a4": _SIMULATED,
 }
 ABLATED = ("w4a4", "w3a4")
 PARTS = ("smoothing", "router", "balance")
@@ -92,8 +99,9 @@ class Cell:
 
 
 def method_options(scheme: str, method: str, seed: int) -> QuantOptions:
-    """What ``moe quantize --scheme SCHEME --method METHOD`` does."""
-    return options_of(scheme, asdict(parse_method(method, scheme)), seed)
+    """What ``moe quantize --scheme SCHEME --method METHOD`` does, with one of `EXTRAS` after a comma."""
+    name, _, extra = method.partition(", ")
+    return options_of(scheme, asdict(parse_method(name, scheme)) | EXTRAS[extra], seed)
 
 
 def options_of(scheme: str, settings: dict[str, Any], seed: int) -> QuantOptions:
@@ -106,7 +114,7 @@ def quality_cells(quick: bool) -> list[Cell]:
     """Every scheme by every method that suits it; seeds decide the calibration text, which ``rtn`` does not see."""
     tables = {CARVED: QUALITY, UPCYCLED: QUALITY_UPCYCLED}
     if quick:
-        tables = {CARVED: {"w8a8": ("rtn",), "w4a4": METHODS}, UPCYCLED: {"w4a16": ("gptq",)}}
+        tables = {CARVED: {"w8a8": ("rtn",), "w4a4": _SIMULATED}, UPCYCLED: {"w4a16": ("gptq",)}}
     found = []
     for model, table in tables.items():
         for scheme, methods in table.items():

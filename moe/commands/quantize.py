@@ -51,6 +51,9 @@ def quantize(
     refit_router: Annotated[
         bool, typer.Option("--refit-router", help="Fit gates to what they see in the quantized model.")
     ] = False,
+    rotate: Annotated[
+        bool, typer.Option("--rotate", help="w4a4, w3a4: round inputs and weights rotated by Hadamard matrices.")
+    ] = False,
     evaluate: Annotated[
         Path | None,
         typer.Option("--eval", help="Text for perplexities; the last fifth where it is a calibration file as well."),
@@ -98,6 +101,7 @@ def quantize(
         align_router=chosen.align_router,
         affinity=affinity,
         refit_router=refit_router,
+        rotate=rotate,
         seed=seed,
     )
     plan = make_plan(ModelFolder(source), options, to, container)
@@ -194,7 +198,11 @@ def _flags(values: dict[str, Any]) -> list[str]:
             words += [f"--{name.replace('_', '-')}", str(values[name])]
     if values["evaluate"] is not None:  # decides which part of a file calibrates
         words += ["--eval", str(values["evaluate"])]
-    switches = {"--affinity": values["affinity"], "--refit-router": values["refit_router"]}
+    switches = {
+        "--affinity": values["affinity"],
+        "--refit-router": values["refit_router"],
+        "--rotate": values["rotate"],
+    }
     return [*words, *(word for word, is_on in switches.items() if is_on)]
 
 

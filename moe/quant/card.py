@@ -56,6 +56,7 @@ def describe(report: QuantReport, plan: Plan, title: str, command: Sequence[str]
             "balance": options.balance,
             "affinity": options.affinity,
             "routers refitted": options.refit_router,
+            "rotated": options.rotate,
             "calibration": f"{report.calibration_tokens} tokens, and {report.reserve_tokens} in reserve",
             "seed": options.seed,
         },

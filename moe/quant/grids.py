@@ -3,11 +3,18 @@
 A grid splits the columns of a matrix into groups, gives each row of a group a scale (and, where it is asymmetric, a zero point)
 and rounds to codes. Weights are (..., P, Q) with the reduced dimension last; activations (..., Q) have one group per token.
 
+A grid may be rotated: what is rounded is then V H, H a block-diagonal orthonormal Hadamard matrix, which spreads an outlier over
+its block (QuaRot, Ashkboos et al., arXiv 2404.00456; DuQuant, Lin et al., arXiv 2406.01721, on which EAQuant is built, rotates in
+blocks of 128 too). Rotating inputs and weights alike leaves their products as they are. `scales`, `encode`, `decode` and `round`
+work on what is rotated already; `nearest`, `simulate` and `Rounded.dequantize` take and give values as they are without.
+
 Legend: P output rows, Q reduced columns, G groups of Q, g columns of a group.
 """
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -19,6 +26,18 @@ from moe.kernels.rounding import integer_codes, integer_scales, positive_scale
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _E2M1_LARGEST_EXPONENT = 2  # 4 = 2 ** 2 is the largest power of two
 _E2M1_ROUNDS_UP = 1.75  # halfway from the largest mantissa, 1.5, to the next power of two
+
+
+ROTATION = 128  # columns of a block of H, or the largest power of two below that divides the width
+
+
+@cache
+def hadamard(size: int) -> Tensor:
+    """(size, size) fp32 symmetric and orthonormal, Sylvester's; ``size`` is a power of two."""
+    matrix = torch.ones(1, 1)
+    while len(matrix) < size:
+        matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
+    return matrix / math.sqrt(size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,9 +64,19 @@ class Grid(ABC):
 
     Attributes:
         group_size: columns that share a scale; ``None`` where a whole row does.
+        rotated: see the module.
     """
 
     group_size: int | None = None
+    rotated: bool = False
+
+    def turn(self, values: Tensor) -> Tensor:
+        """(..., Q) times H, which is its own inverse, where the grid is rotated; fp32."""
+        size = math.gcd(values.shape[-1], ROTATION) if self.rotated else 1
+        if size == 1:
+            return values
+        blocks = values.float().unflatten(-1, (-1, size))
+        return (blocks @ hadamard(size).to(values.device)).flatten(-2)
 
     @property
     @abstractmethod
@@ -91,7 +120,8 @@ class Grid(ABC):
 
     def nearest(self, values: Tensor, stored: torch.dtype = torch.float32) -> "Rounded":
         """Round to nearest with scales of its own."""
-        return self.round(values, self.scales(values, stored))
+        turned = self.turn(values)
+        return self.round(turned, self.scales(turned, stored))
 
     def simulate(self, values: Tensor) -> Tensor:
         """What quantised arithmetic sees of ``values`` (..., Q): codes times scales, in the dtype of ``values``."""
@@ -115,7 +145,8 @@ class Rounded:
     def dequantize(self) -> Tensor:
         """(..., P, Q) fp32."""
         zero = None if self.scales.zero is None else self.scales.zero[..., None]
-        return self.grid.decode(self.grid.grouped(self.codes), self.scales.scale[..., None], zero).flatten(-2)
+        turned = self.grid.decode(self.grid.grouped(self.codes), self.scales.scale[..., None], zero).flatten(-2)
+        return self.grid.turn(turned)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,6 +27,7 @@ class QuantOptions:
         affinity: weight a token by its combine weight in an expert's Hessian (MoEQuant, arXiv 2505.03804).
         refit_router: fit each gate to the inputs that it sees in the quantised model (`moe.quant.refit`); else servers' routers
             stay as they are.
+        rotate: round rotated inputs and weights (`Grid.rotated`); for simulated schemes, since no server rotates.
         seed: of the choice of calibration text.
     """
 
@@ -38,6 +39,7 @@ class QuantOptions:
     align_router: bool = False
     affinity: bool = False
     refit_router: bool = False
+    rotate: bool = False
     seed: int = 0
 
     def resolved(self) -> Scheme:
@@ -52,7 +54,9 @@ class QuantOptions:
             raise ValueError(
                 "affinity=True weights the rows that a rounding looks at, and rtn looks at none; use clip or gptq"
             )
-        return scheme if self.group_size is None else scheme.with_group_size(self.group_size)
+        if self.group_size is not None:
+            scheme = scheme.with_group_size(self.group_size)
+        return scheme.rotated() if self.rotate else scheme
 
 
 @dataclass(frozen=True, kw_only=True)

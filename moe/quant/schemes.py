@@ -30,6 +30,22 @@ class Scheme:
         """Whether routers are rounded too, to 8 bits (`moe.quant.router`): where no server keeps them as they are."""
         return self.containers == (SIMULATED,)
 
+    def rotated(self) -> "Scheme":
+        """The scheme with rotated grids.
+
+        Raises:
+            ValueError: servers, which do not rotate, are to run it.
+        """
+        if self.containers != (SIMULATED,):
+            simulated = ", ".join(name for name, scheme in SCHEMES.items() if scheme.containers == (SIMULATED,))
+            raise ValueError(
+                f"--rotate needs rotated inputs as well, and no server of --scheme {self.name} makes them; use it with {simulated}"
+            )
+        assert self.activations is not None, "simulated schemes round activations"
+        return replace(
+            self, weights=replace(self.weights, rotated=True), activations=replace(self.activations, rotated=True)
+        )
+
     def with_group_size(self, group_size: int) -> "Scheme":
         """The scheme with other groups of weights; 0 is a scale per row.
 

@@ -37,6 +37,7 @@ METHODS = [
     {"scheme": "w4a4", "scaling": "eaquant", "rounding": "gptq", "balance": 2.0, "align_router": True},
     {"scheme": "w4a16", "scaling": "awq", "container": "simulated"},
     {"scheme": "w4a16", "refit_router": True},
+    {"scheme": "w3a4", "rounding": "gptq", "rotate": True},
     {"scheme": "w4a4", "scaling": "eaquant", "align_router": True, "refit_router": True},
 ]
 

@@ -65,6 +65,7 @@ class Simulated:
             "quant_method": METHOD,
             "scheme": target.scheme.name,
             "group_size": target.scheme.weights.group_size,
+            "rotated": target.scheme.weights.rotated,
         }
 
     def finish(self, folder: Path, out: Path, check: Callable[[Path], None] | None = None) -> None:
@@ -74,7 +75,7 @@ class Simulated:
     def read_scheme(self, folder: ModelFolder) -> Scheme:
         """See `Container`."""
         values: dict[str, Any] = folder.config.quantization_config
-        scheme = QuantOptions(scheme=values["scheme"]).resolved()
+        scheme = QuantOptions(scheme=values["scheme"], rotate=values["rotated"]).resolved()
         group_size = values["group_size"]
         return scheme if group_size == scheme.weights.group_size else scheme.with_group_size(group_size or 0)
 

@@ -24,14 +24,8 @@ class Clipped(Rounder):
     """See the module."""
 
     @torch.no_grad()
-    def round_stack(
-        self,
-        weights_EPQ: Tensor,
-        rows: Sequence[Rows],
-        grid: Grid,
-        *,
-        stored: torch.dtype = torch.float32,
-        affinity: bool = False,
+    def round_turned(
+        self, weights_EPQ: Tensor, rows: Sequence[Rows], grid: Grid, stored: torch.dtype, affinity: bool
     ) -> Rounded:
         """See `Rounder`."""
         energy_EQ = torch.stack([energies(rows[index], affinity) for index in range(len(rows))])

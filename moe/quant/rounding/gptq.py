@@ -34,14 +34,8 @@ class Gptq(Rounder):
     """See the module."""
 
     @torch.no_grad()
-    def round_stack(
-        self,
-        weights_EPQ: Tensor,
-        rows: Sequence[Rows],
-        grid: Grid,
-        *,
-        stored: torch.dtype = torch.float32,
-        affinity: bool = False,
+    def round_turned(
+        self, weights_EPQ: Tensor, rows: Sequence[Rows], grid: Grid, stored: torch.dtype, affinity: bool
     ) -> Rounded:
         """See `Rounder`."""
         assert len(weights_EPQ) == len(rows)

@@ -16,14 +16,8 @@ from moe.quant.rounding.rounder import Rounder
 class Nearest(Rounder):
     """The grid's own rounding."""
 
-    def round_stack(
-        self,
-        weights_EPQ: Tensor,
-        rows: Sequence[Rows],
-        grid: Grid,
-        *,
-        stored: torch.dtype = torch.float32,
-        affinity: bool = False,
+    def round_turned(
+        self, weights_EPQ: Tensor, rows: Sequence[Rows], grid: Grid, stored: torch.dtype, affinity: bool
     ) -> Rounded:
         """See `Rounder`; rows are not looked at."""
-        return grid.nearest(weights_EPQ, stored)
+        return grid.round(weights_EPQ, grid.scales(weights_EPQ, stored))
