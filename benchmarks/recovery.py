@@ -22,10 +22,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as hf_logging
 
 from benchmarks import pictures
+from benchmarks.carve.benchmark import QUICK_VOCAB, tiny_model
 from benchmarks.carve.cells import IN_DOMAIN, TEXT
 from benchmarks.spec import Benchmark, Check, Options, Row
 from moe.convert.carve import CARVERS
@@ -51,7 +52,6 @@ SEEDS = (0, 1)
 DENSE, TOMOE = "dense", "tomoe"
 CARVED = ("cmoe", "best")
 EXACT_LIMIT = 1e-4
-VOCAB = 96  # of the tiny model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,27 +109,11 @@ class Job:
     plan: ExpertPlan
 
 
-def tiny_model(folder: Path) -> Path:
-    """A random Llama of two layers."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=32,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        initializer_range=0.3,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
-
-
 def read_source(folder: Path, options: Options, size: Size) -> tuple[ModelFolder, Text]:
     """SmolLM2 and WikiText-2, or in quick mode a random model and random tokens."""
     if options.quick:
         dense = tiny_model(folder)
-        train, held_out = (torch.randint(VOCAB, (count,)).tolist() for count in (1024, 256))
+        train, held_out = (torch.randint(QUICK_VOCAB, (count,)).tolist() for count in (1024, 256))
     else:
         dense = write_demo(folder)
         tokenizer = AutoTokenizer.from_pretrained(dense)

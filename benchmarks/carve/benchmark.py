@@ -37,13 +37,14 @@ from moe.models.folder import ModelFolder
 
 EXACT_LIMIT = 1e-4
 DENSE = "dense"
+QUICK_VOCAB = 96  # of the tiny model
 
 
 def tiny_model(folder: Path) -> Path:
     """A random Llama of two layers."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=96,
+        vocab_size=QUICK_VOCAB,
         hidden_size=32,
         intermediate_size=96,
         num_hidden_layers=2,
@@ -62,7 +63,7 @@ def gate(options: Options) -> list[Check]:
     everything = CarveShape(num_experts=8, num_shared=2, top_k=6)
     with tempfile.TemporaryDirectory() as name:
         source = ModelFolder(tiny_model(Path(name) / "dense"))
-        windows_BL = torch.randint(96, (8, 32))
+        windows_BL = torch.randint(QUICK_VOCAB, (8, 32))
         for method in CARVERS:
             carved = carve(
                 source,
@@ -101,7 +102,7 @@ def _distance(ffn: DenseFFN, inputs: LayerInputs, carving: Carving) -> float:
 def _texts(folder: Path, size: Size, quick: bool) -> Texts:
     if quick:
         random = torch.Generator().manual_seed(0)
-        ids_BL = torch.randint(96, (size.tokens // size.window, size.window), generator=random)
+        ids_BL = torch.randint(QUICK_VOCAB, (size.tokens // size.window, size.window), generator=random)
         return Texts(calibration_BL=lambda kind, seed: ids_BL, in_BL=ids_BL[:2], out_BL=ids_BL[:2])
     tokenizer = AutoTokenizer.from_pretrained(folder)
     halves = {name: split_text(read_text(TEXT / name)) for name in (IN_DOMAIN, OUT_OF_DOMAIN)}

@@ -19,14 +19,13 @@ METHODS = ("rtn", "smoothquant", "awq", "gptq", "eaquant", "eaquant+gptq")  # as
 EXTRAS: dict[str, dict[str, Any]] = {
     "": {},
     "rotated": {"rotate": True},
-    "gates refitted": {"refit_router": True},
 }
 _SIMULATED = (*METHODS, "gptq, rotated", "eaquant+gptq, rotated")
 _WEIGHTS_ONLY = ("rtn", "awq", "gptq", "eaquant", "eaquant+gptq")
 # Methods that have something to do for a scheme: smoothing moves outliers of activations, which some schemes leave as they are.
 QUALITY: dict[str, tuple[str, ...]] = {
     "w8a16": ("rtn", "gptq"),
-    "w4a16": (*_WEIGHTS_ONLY, "awq+gptq", "gptq, gates refitted"),
+    "w4a16": (*_WEIGHTS_ONLY, "awq+gptq"),
     "w3a16": _WEIGHTS_ONLY,
     "w8a8": ("rtn", "smoothquant", "gptq", "eaquant"),
     "w4a8": METHODS,

@@ -48,9 +48,6 @@ def quantize(
     affinity: Annotated[
         bool, typer.Option("--affinity", help="gptq: tokens count by their weight in an expert (MoEQuant).")
     ] = False,
-    refit_router: Annotated[
-        bool, typer.Option("--refit-router", help="Fit gates to what they see in the quantized model.")
-    ] = False,
     rotate: Annotated[
         bool, typer.Option("--rotate", help="w4a4, w3a4: round inputs and weights rotated by Hadamard matrices.")
     ] = False,
@@ -100,7 +97,6 @@ def quantize(
         balance=chosen.balance if balance is None else balance,
         align_router=chosen.align_router,
         affinity=affinity,
-        refit_router=refit_router,
         rotate=rotate,
         seed=seed,
     )
@@ -158,7 +154,7 @@ def _read_text(plan: Any, files: list[Path], tokens: int, window: int, evaluate:
     if files:
         reserve = int(options.balance * tokens)
         return read_windows(folder, files, tokens, window, evaluate, eval_windows, options.seed, reserve)
-    if options.scaling is not None or options.rounding != "rtn" or options.refit_router:
+    if options.scaling is not None or options.rounding != "rtn":
         raise ValueError("--calibration is not given; this method needs text: name a file, or use --method rtn")
     # Round-to-nearest looks at no text; errors are measured on a short one of our own.
     calibration_BL = text_windows(folder)
@@ -200,7 +196,6 @@ def _flags(values: dict[str, Any]) -> list[str]:
         words += ["--eval", str(values["evaluate"])]
     switches = {
         "--affinity": values["affinity"],
-        "--refit-router": values["refit_router"],
         "--rotate": values["rotate"],
     }
     return [*words, *(word for word, is_on in switches.items() if is_on)]

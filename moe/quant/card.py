@@ -55,7 +55,6 @@ def describe(report: QuantReport, plan: Plan, title: str, command: Sequence[str]
             "rounding": options.rounding,
             "balance": options.balance,
             "affinity": options.affinity,
-            "routers refitted": options.refit_router,
             "rotated": options.rotate,
             "calibration": f"{report.calibration_tokens} tokens, and {report.reserve_tokens} in reserve",
             "seed": options.seed,

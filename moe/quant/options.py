@@ -25,8 +25,6 @@ class QuantOptions:
             (EAQuant, arXiv 2506.13329: 2); 0 takes the tokens that the router sends it.
         align_router: choose the router's rounding so that the distribution over the top experts stays (EAQuant).
         affinity: weight a token by its combine weight in an expert's Hessian (MoEQuant, arXiv 2505.03804).
-        refit_router: fit each gate to the inputs that it sees in the quantised model (`moe.quant.refit`); else servers' routers
-            stay as they are.
         rotate: round rotated inputs and weights (`Grid.rotated`); for simulated schemes, since no server rotates.
         seed: of the choice of calibration text.
     """
@@ -38,7 +36,6 @@ class QuantOptions:
     balance: float = 0.0
     align_router: bool = False
     affinity: bool = False
-    refit_router: bool = False
     rotate: bool = False
     seed: int = 0
 

@@ -19,7 +19,6 @@ from moe.quant.options import QuantOptions
 from moe.quant.scaling.find import router_problem
 from moe.quant.schemes import Scheme
 from moe.routers import parse_router
-from moe.routers.topk import TopKRouter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,11 +85,9 @@ def _first_fit(config: MoEConfig, container: Container) -> str:
 
 
 def _check_router(config: MoEConfig, options: QuantOptions) -> None:
-    """Raise a ValueError where the router is scaled or fitted and is not made for that."""
+    """Raise a ValueError where inputs of the router are scaled and it is not made for that."""
     name = config.spec.router["name"]
     router_class, router_config = parse_router(config.spec.router)
-    if options.refit_router and not (issubclass(router_class, TopKRouter) and router_class.logits is TopKRouter.logits):
-        raise ValueError(f"--refit-router fits a linear gate, and moe.router.name={name!r} has none; leave it out")
     if options.scaling is None:
         return
     text_config: Any = config.text_config

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from moe import __version__
 from moe.models.folder import FolderWriter, ModelFolder
@@ -25,20 +25,13 @@ from moe.models.stock.reformat import reformat
 from moe.models.stock.write import write_model
 from moe.quant.balance import expert_tokens
 from moe.quant.inputs import LayerInputs
-from moe.quant.layer import moe_of
-from moe.quant.options import QuantOptions
 from moe.quant.plan import Plan
-from moe.quant.refit import refit_router
 from moe.quant.report import REPORT_FILE, LayerReport, QuantReport
-from moe.quant.rounded import RoundedLayer
-from moe.quant.schemes import Scheme
 from moe.quant.simulate import quantize_activations
-from moe.quant.step import quantize_layer, round_router, weights_of
+from moe.quant.step import quantize_layer, weights_of
 from moe.quant.walk import QuantWalk, Seen, joined
 from moe.quant.work import Stream, WorkFolder, fingerprint, text_hash
-from moe.routers.topk import TopKRouter
 
-ROUTER = "mlp.router.weight"
 # Windows on which the quantised layers are compared with the source's.
 REFERENCE_WINDOWS = 4
 _LEAST_NORM = 1e-6  # of a residual stream that is zero
@@ -153,8 +146,7 @@ def _quantize_layers(
     stream = work.read_stream()
     if stream is None:
         hidden_BLD = walk.embed(windows_BL)
-        num_reference = len(text.windows_BL) if plan.options.refit_router else REFERENCE_WINDOWS
-        stream = Stream(next_layer=0, hidden_BLD=hidden_BLD, reference_BLD=hidden_BLD[:num_reference])
+        stream = Stream(next_layer=0, hidden_BLD=hidden_BLD, reference_BLD=hidden_BLD[:REFERENCE_WINDOWS])
     for layer in range(stream.next_layer):
         callbacks.layer(LayerReport.from_dict(work.read_report(layer)))
     while stream.next_layer < walk.num_layers:
@@ -177,8 +169,7 @@ def _quantize_one(
     module = walk.load(layer, stored)
     del stored
     num_reference = len(stream.reference_BLD)
-    reference = walk.run(layer, stream.reference_BLD, windows_BL[:num_reference], note_ffn=options.refit_router)
-    logits_TE = _gate_logits(module, reference) if options.refit_router else None
+    reference = walk.run(layer, stream.reference_BLD, windows_BL[:num_reference])
     inputs, tokens = _inputs(walk, layer, stream.hidden_BLD, windows_BL, num_calibration, options.balance)
     step = quantize_layer(
         module,
@@ -193,10 +184,6 @@ def _quantize_one(
     del inputs
     module = walk.load(layer, weights_of(step.layer))
     quantize_activations(module, scheme.activations)
-    if logits_TE is not None:
-        seen = walk.run(layer, stream.hidden_BLD[:num_reference], windows_BL[:num_reference], note_ffn=True)
-        assert seen.ffn_TD is not None
-        _refit_router(module, step.layer, LayerInputs(linear={}, ffn_TD=seen.ffn_TD), logits_TE, options, scheme)
     after = walk.run(layer, stream.hidden_BLD, windows_BL)
     walk.unload(layer)
     # Token by token, since the first ones have a norm that hides all others.
@@ -215,34 +202,6 @@ def _quantize_one(
     work.write_stream(following)
     callbacks.layer(report)
     return following
-
-
-def _gate_logits(module: nn.Module, seen: Seen) -> Tensor | None:
-    """(T, E) of a layer's gate on what its MoE sees; ``None`` in a dense layer."""
-    moe = moe_of(module)
-    if moe is None:
-        return None
-    assert seen.ffn_TD is not None and isinstance(moe.router, TopKRouter), "checked by the plan"
-    with torch.no_grad():
-        return moe.router.logits(seen.ffn_TD)
-
-
-def _refit_router(
-    module: nn.Module,
-    stored: RoundedLayer,
-    inputs: LayerInputs,
-    logits_TE: Tensor,
-    options: QuantOptions,
-    scheme: Scheme,
-) -> None:
-    """Fit the gate of a quantised layer, round it where the scheme does, and put it where the layer is kept."""
-    moe = moe_of(module)
-    assert moe is not None and inputs.ffn_TD is not None and isinstance(moe.router, TopKRouter)
-    refit_router(moe.router, inputs.ffn_TD, logits_TE)
-    round_router(module, inputs, options, scheme)
-    kept = stored.rest[ROUTER]
-    kept.copy_(moe.router.weight.data)
-    moe.router.weight.data.copy_(kept)  # as it is stored
 
 
 def _inputs(
